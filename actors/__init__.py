@@ -1,0 +1,1 @@
+"""The three deciders: the registry says whether and runs, the coordinator completes, the audit actor remembers."""

@@ -1,0 +1,167 @@
+"""The audit actor: the journal's only writer in its process; its mailbox is the group-commit queue.
+
+It understands ``Append`` (commit a unit of work) and ``RenewLease``. It takes whatever waits, has it written in one SQL
+transaction, and replies after COMMIT. Storage errors are replies, not crashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, assert_never
+
+from spine.governance.units import CommitOutcome, Committed, StorageFailed, Unit
+from spine.kernel.actor import Actor
+from spine.kernel.errors import ActorCrashed, JournalError
+from spine.kernel.exchange import Exchange
+from spine.kernel.messages import Envelope, Request, Stop
+
+NAME = "audit"
+BATCH_UNITS = 512
+COMMIT_S = 30.0
+
+
+@dataclass(slots=True)
+class Append(Request[CommitOutcome]):
+    """Commit this unit; ``run_id`` is its correlation in logs."""
+
+    unit: Unit
+    run_id: str | None = None
+
+
+@dataclass(slots=True)
+class RenewLease(Request[None]):
+    """Say that this process lives until ``until_at`` (unix microseconds)."""
+
+    instance: str
+    until_at: int
+
+
+Message = Append | RenewLease | Stop
+
+
+class Writer(Protocol):
+    """What the audit actor needs of the journal's writer."""
+
+    async def commit(self, units: Sequence[Unit]) -> list[CommitOutcome]:
+        """Write the units in one transaction; an outcome for each."""
+        ...
+
+    async def find_units(self, ids: Sequence[str], since_seq: int) -> dict[str, Committed]:
+        """Which of the units are in the journal behind row ``since_seq``."""
+        ...
+
+    async def renew_lease(self, instance: str, until_us: int) -> None:
+        """Write the lease row; it is not journaled."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far the writing has come; outlives the actor's incarnations."""
+
+    last_seq: int = 0
+    batches: int = 0
+    units: int = 0
+    storage_error: str | None = None
+
+
+class Audit(Actor):
+    """Group commit as an actor."""
+
+    name = NAME
+
+    def __init__(self, exchange: Exchange, writer: Writer, progress: Progress) -> None:
+        super().__init__(exchange)
+        self._writer = writer
+        self._progress = progress
+
+    def __repr__(self) -> str:
+        return f"Audit({self._progress})"
+
+    async def resume(self, taken: Sequence[Envelope], crash: ActorCrashed | None) -> None:
+        """Answer what the crashed incarnation had taken from the journal itself: written or not."""
+        waiting = [e for e in taken if isinstance(e.payload, Append) and not e.done]
+        found = await self._written([e.payload.unit.id for e in waiting])
+        for envelope in waiting:
+            if (committed := found.get(envelope.payload.unit.id)) is not None:
+                envelope.reply(committed)
+        await super().resume([e for e in taken if not e.done], crash)
+
+    async def _written(self, ids: list[str]) -> dict[str, Committed]:
+        return await self._writer.find_units(ids, self._progress.last_seq) if ids else {}
+
+    async def run(self) -> None:
+        """Commit batch after batch until stopped; what waits at the stop is committed first."""
+        stopping = False
+        while True:
+            batch: list[Envelope] = []
+            while len(batch) < BATCH_UNITS and (envelope := self.mailbox.take()) is not None:
+                if envelope.done:
+                    continue
+                envelope.holder = self.name
+                message: Message = envelope.payload
+                match message:
+                    case Append():
+                        batch.append(envelope)
+                    case RenewLease():
+                        await self._renew(envelope, message)
+                    case Stop():
+                        stopping = True
+                        self.exchange.handled(envelope)
+                    case _:
+                        assert_never(message)
+            if batch:
+                await self._commit(batch)
+            elif stopping:
+                return
+            else:
+                await self.mailbox.wait()
+
+    async def _commit(self, batch: list[Envelope]) -> None:
+        tracer = self.exchange.tracer
+        began = self.exchange.clock.monotonic()
+        if tracer.messages:
+            for envelope in batch:
+                queue_ms = round((began - envelope.enqueued) * 1e3, 3)
+                tracer.message(
+                    "spine.message.received", envelope, self.name, queue_ms=queue_ms, mailbox_depth=len(self.mailbox)
+                )
+        outcomes = await self._writer.commit([envelope.payload.unit for envelope in batch])
+        progress = self._progress
+        progress.batches += 1
+        progress.units += len(batch)
+        progress.last_seq = max(
+            [progress.last_seq, *(outcome.last for outcome in outcomes if isinstance(outcome, Committed))]
+        )
+        failed = next((outcome for outcome in outcomes if isinstance(outcome, StorageFailed)), None)
+        self._storage(failed)
+        for envelope, outcome in zip(batch, outcomes, strict=True):
+            if envelope.reply_to is None:
+                self.exchange.handled(envelope)
+            else:
+                envelope.reply(outcome)
+        if tracer.messages:
+            handle_ms = round((self.exchange.clock.monotonic() - began) * 1e3, 3)
+            for envelope, outcome in zip(batch, outcomes, strict=True):
+                tracer.message(
+                    "spine.message.handled", envelope, self.name, handle_ms=handle_ms, outcome=type(outcome).__name__
+                )
+
+    def _storage(self, failed: StorageFailed | None) -> None:
+        error = None if failed is None else failed.error
+        if error is not None and self._progress.storage_error is None:
+            self.exchange.tracer.fault("spine.journal.unavailable", error=error)
+        elif error is None and self._progress.storage_error is not None:
+            self.exchange.tracer.life("spine.journal.available")
+        self._progress.storage_error = error
+
+    async def _renew(self, envelope: Envelope, lease: RenewLease) -> None:
+        try:
+            await self._writer.renew_lease(lease.instance, lease.until_at)
+        except JournalError as error:
+            envelope.fail(error)
+            return
+        if envelope.reply_to is None:
+            self.exchange.handled(envelope)
+        else:
+            envelope.reply(None)

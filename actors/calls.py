@@ -1,0 +1,192 @@
+"""One call of an operation from its admission to its result: what is known of it, and how its handler is run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import anyio.to_thread
+import structlog
+from pydantic import BaseModel
+
+from spine.governance.authority import Verdict
+from spine.governance.operations import Execute, Operation, OperationContext, OperationResult
+from spine.governance.params import Accepted
+from spine.kernel.messages import Envelope
+
+# How long a cancelled handler may take to end before its caller is answered without it.
+CANCEL_GRACE_S = 1.0
+
+
+class Call:
+    """The state of one call; owned by the registry, expired by the deadline wheel."""
+
+    __slots__ = (
+        "accepted",
+        "attempt",
+        "began",
+        "begins_run",
+        "cause",
+        "claimed_run_id",
+        "ctx",
+        "deadline",
+        "decision_id",
+        "envelope",
+        "handling",
+        "key",
+        "missing",
+        "name",
+        "on_stuck",
+        "operation",
+        "preset",
+        "queue_us",
+        "request",
+        "run_id",
+        "settled",
+        "slotted",
+        "task",
+        "tenant_id",
+        "told",
+        "verdict",
+    )
+
+    def __init__(self, envelope: Envelope, request: Execute, operation: Operation | None, name: str, now: float) -> None:
+        limit = request.timeout_s if operation is None else min(operation.timeout_s, request.timeout_s)
+        self.envelope = envelope
+        self.request = request
+        self.operation = operation
+        self.name = name
+        self.deadline = envelope.enqueued + limit
+        self.began = now
+        self.tenant_id: str | None = request.tenant_id
+        self.run_id: str | None = request.run_id
+        self.claimed_run_id: str | None = None
+        self.key: str | None = request.idempotency_key
+        self.attempt = 1
+        self.queue_us = 0
+        self.decision_id = ""
+        self.missing: list[str] = []
+        self.accepted: Accepted | None = None
+        self.ctx: OperationContext | None = None
+        self.verdict: Verdict | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.cause: str | None = None
+        self.handling = False
+        self.settled = False
+        self.slotted = False
+        self.begins_run = False
+        self.preset = False
+        self.told: str | None = None
+        self.on_stuck: Callable[[Call], None] | None = None
+
+    @property
+    def nested(self) -> bool:
+        """Whether a handler made this call."""
+        return self.request.parent is not None
+
+    def interrupt(self, cause: str) -> None:
+        """Cancel the handler; its outcome will carry ``cause``."""
+        if self.handling and self.cause is None and self.task is not None:
+            self.cause = cause
+            self.task.cancel()
+
+    def expire(self) -> None:
+        """The operation's deadline passed: cancel the handler, and if it will not end, go on without it."""
+        if not self.handling:
+            return
+        if self.cause is None:
+            self.interrupt("TIMEOUT")
+            self.deadline += CANCEL_GRACE_S
+            self.envelope.exchange.deadlines.add(self.deadline, self)
+        elif not self.settled and self.on_stuck is not None:
+            self.on_stuck(self)
+
+
+async def run_handler(call: Call) -> OperationResult:
+    """Run the handler of an allowed call until it returns, raises, or is cancelled; never raises itself."""
+    operation, ctx, envelope = call.operation, call.ctx, call.envelope
+    assert operation is not None and ctx is not None
+    exchange = envelope.exchange
+    tracer = exchange.tracer
+    structlog.contextvars.bind_contextvars(
+        trace_id=envelope.trace or tracer.trace_id(envelope.number),
+        msg_id=tracer.msg_id(envelope.number),
+        run_id=call.run_id,
+        operation=call.name,
+        decision_id=call.decision_id,
+    )
+    deadline = call.deadline
+    exchange.deadlines.add(deadline, call)
+    call.handling = True
+    try:
+        if operation.is_async:
+            value = await operation.handler(ctx)
+        else:
+            value = await anyio.to_thread.run_sync(operation.handler, ctx, abandon_on_cancel=True)
+    except asyncio.CancelledError:
+        return _cancelled(call)
+    except Exception as error:  # noqa: BLE001  a handler is foreign code: its failure is an outcome, recorded
+        if call.cause is not None:
+            return _cancelled(call)
+        return _raised(call, error)
+    finally:
+        call.handling = False
+        exchange.deadlines.discard(deadline, call)
+        exchange.deadlines.discard(call.deadline, call)
+    if call.cause is not None:
+        return _cancelled(call)
+    return _returned(call, value)
+
+
+def _cancelled(call: Call) -> OperationResult:
+    task = call.task
+    asked = task is not None and task.cancelling() > 0
+    if task is not None:
+        while task.cancelling() > 0:
+            task.uncancel()
+    match call.cause:
+        case "TIMEOUT":
+            assert call.operation is not None
+            allowed = min(call.operation.timeout_s, call.request.timeout_s)
+            return OperationResult.fail(
+                f"operation {call.name!r} did not end within {allowed:g} s and was cancelled: what it did before that "
+                "may have taken effect",
+                "TIMEOUT",
+            )
+        case None if not asked:
+            return OperationResult.fail(f"the handler of {call.name!r} raised CancelledError", "HANDLER_EXCEPTION:CancelledError")
+        case _:
+            return OperationResult.fail(
+                f"operation {call.name!r} was cancelled because the Spine stopped or its registry restarted: what it did "
+                "before that may have taken effect",
+                "INTERRUPTED",
+            )
+
+
+def _raised(call: Call, error: Exception) -> OperationResult:
+    accepted = call.accepted
+    message = str(error) or "no message"
+    if accepted is not None:
+        message = accepted.scrub(message)
+    kind = type(error).__name__
+    return OperationResult.fail(f"{kind}: {message}", f"HANDLER_EXCEPTION:{kind}")
+
+
+def _returned(call: Call, value: object) -> OperationResult:
+    match value:
+        case OperationResult():
+            return value
+        case None:
+            return OperationResult(True, {})
+        case BaseModel():
+            return OperationResult(True, value.model_dump())
+        case Mapping():
+            data: Mapping[str, Any] = value
+            return OperationResult(True, data)
+        case _:
+            return OperationResult.fail(
+                f"the handler of {call.name!r} returned {type(value).__name__}: it must return a mapping, a pydantic "
+                "model or an OperationResult",
+                "HANDLER_EXCEPTION:TypeError",
+            )

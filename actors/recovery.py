@@ -1,0 +1,110 @@
+"""Housekeeping of a process: its lease, the decisions that dead processes left open, and outcomes not yet recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+from actors.audit import COMMIT_S, NAME, RenewLease
+from actors.records import interrupted_record
+from actors.recorder import Recorder
+from spine.governance.units import Committed, GuardFailed, Record
+from spine.kernel.errors import JournalError, SpineError
+from spine.kernel.exchange import Exchange
+from spine.kernel.messages import Lane
+
+LEASE_S = 10.0
+TICK_S = 1.0
+RENEW_TICKS = 3
+UNRECORDED_MOST = 10_000
+
+
+class OpenDecision(Protocol):
+    """A decision without an outcome."""
+
+    @property
+    def decision_id(self) -> str: ...
+
+    @property
+    def operation(self) -> str: ...
+
+    @property
+    def instance(self) -> str: ...
+
+    @property
+    def seq(self) -> int: ...
+
+
+class OpenDecisions(Protocol):
+    """Where the decisions of dead processes are found."""
+
+    async def open_decisions(self, instances_dead_before_us: int) -> Sequence[OpenDecision]:
+        """Decisions without an outcome whose process held no lease at that time."""
+        ...
+
+    async def body_at(self, seq: int) -> dict[str, Any]:
+        """The body of a journal row."""
+        ...
+
+
+class Recovery:
+    """Outlives the registry's incarnations: what is unrecorded is not forgotten in a restart."""
+
+    def __init__(self, exchange: Exchange, recorder: Recorder, source: OpenDecisions, instance: str) -> None:
+        self._exchange = exchange
+        self._recorder = recorder
+        self._source = source
+        self._instance = instance
+        self.unrecorded: dict[str, Record] = {}
+        self.interrupted = 0
+
+    def remember(self, outcome: Record) -> None:
+        """Keep an outcome that could not be recorded, to record it when the journal takes writes again."""
+        if len(self.unrecorded) < UNRECORDED_MOST:
+            self.unrecorded[outcome.fields["decision_id"]] = outcome
+
+    async def enlist(self) -> None:
+        """Renew this process's lease."""
+        until = self._exchange.clock.time_us() + round(LEASE_S * 1e6)
+        message = RenewLease(self._instance, until)
+        await self._exchange.ask(message, NAME, timeout_s=COMMIT_S, sender="registry", lane=Lane.CONTROL)
+
+    async def keep(self, restore: Callable[[], Awaitable[None]]) -> None:
+        """Keep house until cancelled; ``restore`` ends a bypass whose time is over."""
+        clock = self._exchange.clock
+        tick = 0
+        while True:
+            try:
+                if tick % RENEW_TICKS == 0:
+                    if tick:
+                        await self.enlist()
+                    await self.sweep()
+                await restore()
+            except SpineError as error:
+                self._exchange.tracer.fault("spine.housekeeping.failed", exc=error)
+            tick += 1
+            await clock.sleep_until(clock.monotonic() + TICK_S)
+
+    async def sweep(self) -> None:
+        """Record INTERRUPTED for what dead processes left open, and what this one could not record before."""
+        clock = self._exchange.clock
+        for decision_id, outcome in list(self.unrecorded.items()):
+            ended = await self._recorder.commit([outcome], run_id=outcome.fields["run_id"])
+            if not isinstance(ended, (Committed, GuardFailed)):
+                break
+            del self.unrecorded[decision_id]
+        try:
+            for left in await self._source.open_decisions(clock.time_us()):
+                if left.instance != self._instance:
+                    await self._close(left)
+        except JournalError as error:
+            self._exchange.tracer.fault("spine.recovery.unreadable", exc=error)
+
+    async def _close(self, left: OpenDecision) -> None:
+        decision = await self._source.body_at(left.seq)
+        record = interrupted_record(decision, at=self._exchange.clock.time_us(), instance=self._instance)
+        if isinstance(await self._recorder.commit([record], run_id=record.fields["run_id"]), Committed):
+            self.interrupted += 1
+            self._exchange.tracer.fault(
+                "spine.operation.interrupted", operation=left.operation, decision_id=left.decision_id
+            )

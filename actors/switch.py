@@ -1,0 +1,141 @@
+"""The governance switch: the state every decision is made under, journaled before it acts, shared by all processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+from actors.records import governance_changed, text
+from actors.recorder import Recorder
+from spine.governance.authority import (
+    BYPASS_DEFAULT_S,
+    BYPASS_MOST_S,
+    GovernanceMode,
+    GovernanceState,
+)
+from spine.governance.operations import SwitchGovernance, id_problem
+from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch
+from spine.kernel.clock import Clock
+from spine.kernel.errors import ConfigurationError, JournalError, JournalUnavailable
+from spine.kernel.tracing import Tracer
+
+BILL_MOST = 100
+
+
+class GovernanceRow(Protocol):
+    """The state as the journal's projection holds it."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def actor(self) -> str | None: ...
+    @property
+    def since_at(self) -> int | None: ...
+    @property
+    def expires_at(self) -> int | None: ...
+
+
+class GovernanceSource(Protocol):
+    """Where the state is read."""
+
+    async def governance(self) -> GovernanceRow:
+        """The present state."""
+        ...
+
+    async def bypassed_denials(self, epoch: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
+        """How many decisions of this epoch would have been denials, and the first ``limit`` of them."""
+        ...
+
+
+class Switch:
+    """The last known state; outlives the registry's incarnations, so that an unreadable state is the last known one."""
+
+    def __init__(self, source: GovernanceSource, clock: Clock, tracer: Tracer) -> None:
+        self._source = source
+        self._clock = clock
+        self._tracer = tracer
+        self.state = GovernanceState()
+
+    async def refresh(self) -> GovernanceState:
+        """Read the state again; where it cannot be read the last known one holds, and before any was known: governed."""
+        try:
+            row = await self._source.governance()
+        except JournalError as error:
+            self._tracer.fault("spine.governance.unreadable", exc=error, kept=self.state.mode.value)
+            return self.state
+        self.state = GovernanceState(
+            GovernanceMode(row.state), row.epoch, row.reason or "", row.actor or "", row.since_at or 0, row.expires_at
+        )
+        return self.state
+
+    async def change(self, request: SwitchGovernance, recorder: Recorder) -> GovernanceState:
+        """Journal the new state, then let it act; raises ``ConfigurationError`` or ``JournalUnavailable``."""
+        validate(request)
+        while True:
+            before, now = self.state, self._clock.time_us()
+            expires = None if request.for_s is None else now + round(request.for_s * 1_000_000)
+            after = GovernanceState(request.mode, before.epoch + 1, request.reason, request.actor, now, expires)
+            outcome = await recorder.commit([governance_changed(before, after, at=now)], epoch=before.epoch)
+            match outcome:
+                case Committed():
+                    break
+                case StaleEpoch() | GuardFailed():
+                    await self.refresh()
+                    if self.state.epoch <= before.epoch:
+                        raise JournalUnavailable("the governance state cannot be read: nothing was switched, ask again")
+                case _:
+                    raise JournalUnavailable(
+                        f"the switch to {request.mode.value!r} was not recorded and does not act: {outcome.error}"
+                    )
+        self.state = after
+        self._tracer.life("spine.governance.changed", was=before.mode.value, now=after.mode.value, epoch=after.epoch)
+        if before.mode is not GovernanceMode.BYPASSED:
+            return after
+        # Decisions under the old epoch can no longer be committed: the bill of the bypass is final.
+        return replace(after, would_have_denied=await self._bill(before, recorder))
+
+    async def _bill(self, bypass: GovernanceState, recorder: Recorder) -> tuple[dict[str, Any], ...]:
+        count, bodies = await self._source.bypassed_denials(bypass.epoch, BILL_MOST)
+        denials = [
+            {
+                "decision_id": body["decision_id"],
+                "operation": body["operation"],
+                "run_id": body["run_id"],
+                "code": body["would_have"]["code"],
+                "reason": body["would_have"]["reason"],
+            }
+            for body in bodies
+        ]
+        await recorder.commit(
+            [
+                Record(
+                    "governance.report",
+                    self._clock.time_us(),
+                    {"epoch": bypass.epoch, "denied": count, "would_have_denied": denials},
+                )
+            ]
+        )
+        return tuple(denials)
+
+
+def validate(request: SwitchGovernance) -> None:
+    """Raise ``ConfigurationError`` naming the field that is wrong."""
+    for name, value in (("reason", request.reason), ("actor", request.actor)):
+        if not isinstance(value, str) or not value.strip():
+            raise ConfigurationError(f"{request.mode.value}: {name} {value!r} is empty: say why and who")
+        if name == "actor" and (problem := id_problem(name, value)):
+            raise ConfigurationError(f"{request.mode.value}: {problem}")
+        if text(value) != text(value.replace("\x00", "")):
+            raise ConfigurationError(f"{request.mode.value}: {name} holds a NUL character")
+    seconds = request.for_s
+    if request.mode is GovernanceMode.BYPASSED and (
+        not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= BYPASS_MOST_S
+    ):
+        raise ConfigurationError(
+            f"bypass: for_s {seconds!r} must be more than 0 and at most {BYPASS_MOST_S} seconds "
+            f"(the default is {BYPASS_DEFAULT_S})"
+        )

@@ -1,0 +1,1 @@
+"""This library's side of each number, one program each."""

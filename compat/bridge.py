@@ -1,0 +1,390 @@
+"""The one way from blocking code into a Spine's event loop.
+
+A call goes into a queue that wakes the loop once for all that wait in it, and its thread sleeps on a lock of its own
+until the loop answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, Protocol, TypeVar, cast
+
+import structlog
+
+from compat.own import OwnSpine
+from spine.governance.completion import CompleteRun
+from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
+from spine.governance.operations import Execute
+from spine.kernel.errors import (
+    ActorCrashed,
+    ConfigurationError,
+    DeadlineExceeded,
+    JournalError,
+    LoopThreadError,
+    MailboxClosed,
+    NotRunning,
+    Overloaded,
+    SpineFailed,
+)
+from spine.kernel.messages import Request
+
+R = TypeVar("R")
+
+DEFAULT_TIMEOUT_S: Final = 30.0
+# How much longer than its deadline a call waits for the loop to say that the deadline has passed.
+GRACE_S: Final = 5.0
+# How long a thread sleeps before it looks whether the loop it waits for still exists.
+LOOK_S: Final = 0.5
+
+_RECORDING_PROBLEMS: Final = (
+    ActorCrashed,
+    DeadlineExceeded,
+    JournalError,
+    MailboxClosed,
+    NotRunning,
+    Overloaded,
+    SpineFailed,
+)
+
+_ASYNC_CALL: Final[dict[type[Request[Any]], str]] = {
+    CompleteRun: "await spine.complete_run(...)",
+    Execute: "await spine.execute(...)",
+    CreatePolicyEvaluation: "await spine.governance_facade.create_policy_evaluation(...)",
+    EmitLesson: "await spine.governance_facade.emit_near_threshold_lesson(...)",
+}
+
+
+class Pending(Protocol):
+    """What posting a request gives."""
+
+    def cancel(self) -> object: ...
+
+
+class Host(Protocol):
+    """What the bridge needs of a Spine; ``post`` is called on its loop's thread, and calls ``on_done`` there once."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None: ...
+
+    @property
+    def is_running(self) -> bool: ...
+
+    def post(
+        self,
+        request: Request[Any],
+        /,
+        *,
+        timeout_s: float,
+        on_done: Callable[[object | None, BaseException | None], None],
+    ) -> Pending: ...
+
+    async def start(self) -> object: ...
+
+    async def stop(self) -> object: ...
+
+
+class HostType(Protocol):
+    """The class of such a Spine."""
+
+    def __call__(self, url: str | None = None, /) -> Host: ...
+
+    def running(self) -> Host | None: ...
+
+
+class _Call:
+    """One blocking call: what is asked, and where its answer comes back."""
+
+    __slots__ = ("abandoned", "done", "error", "pending", "request", "result", "timeout_s", "waiter")
+
+    def __init__(self, request: Request[Any], timeout_s: float, waiter: threading.Lock) -> None:
+        self.request = request
+        self.timeout_s = timeout_s
+        self.waiter = waiter
+        self.pending: Pending | None = None
+        self.result: object | None = None
+        self.error: BaseException | None = None
+        self.done = False
+        self.abandoned = False
+
+    def finish(self, result: object | None, error: BaseException | None) -> None:
+        """Hand the answer over and wake the thread that waits for it."""
+        if not self.done:
+            self.result = result
+            self.error = error
+            self.done = True
+            self.waiter.release()
+
+    def cancel(self) -> None:
+        """Cancel what has not started; runs on the loop's thread."""
+        if self.pending is not None and not self.done:
+            self.pending.cancel()
+
+
+class _Line:
+    """The queue into one Spine's loop."""
+
+    __slots__ = ("_calls", "_woken", "host", "loop")
+
+    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop) -> None:
+        self.host = host
+        self.loop = loop
+        self._calls: deque[_Call] = deque()
+        self._woken = False
+
+    def put(self, call: _Call) -> None:
+        """Queue ``call``; the loop is woken only by the first that finds it asleep."""
+        self._calls.append(call)
+        if self._woken:
+            return
+        self._woken = True
+        try:
+            self.loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:
+            self.fail_all()
+
+    def _drain(self) -> None:
+        # Cleared before the queue is read: whoever appends after the last read wakes the loop again.
+        self._woken = False
+        calls = self._calls
+        post = self.host.post
+        while calls:
+            call = calls.popleft()
+            if call.abandoned:
+                continue
+            try:
+                call.pending = post(call.request, timeout_s=call.timeout_s, on_done=call.finish)
+            except Exception as error:  # noqa: BLE001  whatever a refused post raises belongs to its caller
+                call.finish(None, error)
+
+    def fail_all(self) -> None:
+        """Answer whatever still waits in the queue of a loop that is closed."""
+        self._woken = False
+        while self._calls:
+            self._calls.popleft().finish(None, _closed())
+
+    def abandon(self, call: _Call) -> None:
+        """Nobody waits for ``call`` any more: cancel it where it has not started."""
+        call.abandoned = True
+        try:
+            self.loop.call_soon_threadsafe(call.cancel)
+        except RuntimeError:
+            call.done = True
+
+
+def _closed() -> NotRunning:
+    return NotRunning(
+        "the event loop of the Spine this call was meant for is closed: keep the Spine running while workers use it, "
+        "or call compat.connect(...) with another target"
+    )
+
+
+class Bridge:
+    """The process-wide handle behind every shim.
+
+    ``spine_type`` gives the class of Spines, ``loaded`` whether it has been imported at all.
+    """
+
+    def __init__(self, spine_type: Callable[[], HostType], *, loaded: Callable[[], bool] = lambda: True) -> None:
+        self._spine_type = spine_type
+        self._loaded = loaded
+        self._local = threading.local()
+        self._connected: Host | str | None = None
+        self._own: OwnSpine | None = None
+        self._line: _Line | None = None
+        # After a fork: the parent's Spine, which the child cannot use, and the parent's own one, which it replaces.
+        self._running: Host | None = None
+        self._inherited: Host | None = None
+        self._abandoned: Host | None = None
+        self._ending = False
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        os.register_at_fork(before=self._forking, after_in_child=self._forked)
+        atexit.register(self._at_exit)
+
+    def connect(self, target: Host | str) -> None:
+        """Send every later call to ``target``: a Spine of this process, or the database URL of one of the shims' own.
+
+        An own Spine of another target is stopped. Raises ConfigurationError when ``target`` is neither.
+        """
+        if not isinstance(target, str) and not callable(getattr(target, "post", None)):
+            raise ConfigurationError(
+                f"compat.connect() takes a Spine or a database URL, not {type(target).__name__}: {target!r}"
+            )
+        self._forget(target)
+
+    def disconnect(self) -> None:
+        """Undo ``connect`` and stop an own Spine; the next call looks for a target anew."""
+        self._forget(None)
+
+    def ask(self, request: Request[R], *, timeout_s: float | None = None) -> R:
+        """Send ``request`` through the spine mailbox and wait ``timeout_s`` seconds (default 30) at most for its reply.
+
+        Raises what the asynchronous call raises, LoopThreadError on an event loop's thread, NotRunning without a loop
+        to answer, DeadlineExceeded when that loop does not answer.
+        """
+        _refuse_loop_thread(request)
+        if timeout_s is None:
+            timeout_s = getattr(request, "timeout_s", DEFAULT_TIMEOUT_S)
+        line = self._reach()
+        local = self._local.__dict__
+        # Taken out while in use: a signal handler that calls a shim meanwhile gets another one.
+        waiter: threading.Lock | None = local.pop("waiter", None)
+        if waiter is None:
+            waiter = threading.Lock()
+            waiter.acquire()
+        call = _Call(request, timeout_s, waiter)
+        try:
+            line.put(call)
+            if not waiter.acquire(timeout=LOOK_S):
+                _keep_waiting(line, call)
+        except BaseException:
+            # The waiter is not used again: a late answer may still release it.
+            line.abandon(call)
+            raise
+        local["waiter"] = waiter
+        if call.error is not None:
+            raise call.error
+        return cast("R", call.result)
+
+    def record(self, request: Request[R]) -> R | None:
+        """Like ``ask``, but what cannot be recorded is logged and answered None instead of raised into the worker."""
+        try:
+            return self.ask(request)
+        except _RECORDING_PROBLEMS as error:
+            structlog.get_logger("compat").error(
+                "spine.compat.not_recorded",
+                request=type(request).__name__,
+                run_id=getattr(request, "run_id", None),
+                error_type=type(error).__name__,
+                error=str(error),
+            )
+            return None
+
+    def _reach(self) -> _Line:
+        """The line to the target of the moment: the connected one, else the running one, else an own one."""
+        if os.getpid() != self._pid:
+            # A fork that Python was not told of.
+            self._forking()
+            self._forked()
+        host = self._host()
+        line = self._line
+        loop = host.loop
+        if line is not None and line.host is host and line.loop is loop:
+            return line
+        if loop is None or not host.is_running:
+            own = self._own
+            raise NotRunning(
+                "the shims' own Spine has stopped: see its crash report in the log, then restart the process"
+                if own is not None and host is own.host
+                else "the Spine these shims are connected to is not running: start it first (async with spine), "
+                "or call compat.connect(...) with another target"
+            )
+        line = self._line = _Line(host, loop)
+        return line
+
+    def _host(self) -> Host:
+        target = self._connected
+        if target is None:
+            target = self._spine_type().running()
+        own = self._own
+        if own is not None and own.host is not None and (target is None or isinstance(target, str)):
+            return own.host
+        inherited = self._inherited
+        if inherited is not None and (target is None or target is inherited):
+            raise NotRunning(
+                f"the Spine of this program was started before the process forked (now {os.getpid()}): its event loop "
+                "runs in the parent only. Start a Spine in the child, or call compat.connect(url) there"
+            )
+        if target is None or isinstance(target, str) or target is self._abandoned:
+            return self._own_host(target if isinstance(target, str) else None)
+        return target
+
+    def _own_host(self, url: str | None) -> Host:
+        with self._lock:
+            if self._ending:
+                raise NotRunning("the process is ending and the shims' own Spine has been stopped")
+            own = self._own
+            if own is None:
+                own = self._own = OwnSpine(self._spine_type(), url)
+        try:
+            return own.ready(DEFAULT_TIMEOUT_S)
+        except BaseException:
+            with self._lock:
+                if own.failed and self._own is own:
+                    self._own = None
+            raise
+
+    def _forget(self, target: Host | str | None) -> None:
+        with self._lock:
+            own, self._own = self._own, None
+            self._connected = target
+            self._line = None
+        if own is not None:
+            own.stop(GRACE_S)
+
+    def _forking(self) -> None:
+        """Before a fork: what runs now is what the child will not have."""
+        self._running = self._spine_type().running() if self._loaded() else None
+
+    def _forked(self) -> None:
+        """In the child: the parent's threads are gone, and with them its loops; locks may be held by nobody."""
+        self._pid = os.getpid()
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        own, self._own, self._line = self._own, None, None
+        if own is not None:
+            self._abandoned = own.made
+        if self._connected is None or isinstance(self._connected, str):
+            self._inherited = None if self._running is self._abandoned else self._running
+        else:
+            self._inherited = self._connected
+
+    def _at_exit(self) -> None:
+        with self._lock:
+            self._ending = True
+            own = self._own
+        if own is not None:
+            own.stop(GRACE_S)
+
+
+def _refuse_loop_thread(request: Request[Any]) -> None:
+    """Raise LoopThreadError where waiting would stop the very loop that could answer, or another one."""
+    trio = sys.modules.get("trio")
+    if asyncio._get_running_loop() is None and (trio is None or not trio.lowlevel.in_trio_run()):
+        return
+    call = _ASYNC_CALL.get(type(request), "await spine.ask(...)")
+    raise LoopThreadError(
+        f"{type(request).__name__} was called through a blocking shim on the thread of a running event loop, which it "
+        f"would stop: use {call} there, or call the shim in a thread (asyncio.to_thread)"
+    )
+
+
+def _keep_waiting(line: _Line, call: _Call) -> None:
+    """Wait on, until the answer or the end of the deadline and its grace; a closed loop ends it at once."""
+    end = time.monotonic() + call.timeout_s + GRACE_S - LOOK_S
+    while not call.waiter.acquire(timeout=max(0.0, min(LOOK_S, end - time.monotonic()))):
+        if line.loop.is_closed():
+            raise _closed()
+        if time.monotonic() >= end:
+            run_id = getattr(call.request, "run_id", None)
+            raise DeadlineExceeded(
+                f"{type(call.request).__name__} (run {run_id!r}) had no answer within {call.timeout_s:g} s "
+                f"and {GRACE_S:g} s of grace: the Spine's event loop is blocked or stopped; what has not started is "
+                "cancelled, what has is recorded"
+            )
+
+
+def _spine_type() -> HostType:
+    from spine.runtime import Spine
+
+    return cast("HostType", Spine)
+
+
+BRIDGE: Final = Bridge(_spine_type, loaded=lambda: "spine.runtime" in sys.modules)

@@ -1,0 +1,91 @@
+"""What an operator should do now, in one sentence, from the verdict and its cause."""
+
+from __future__ import annotations
+
+from spine.explain.cause import Cause, decisive_denial, failed_domain
+from spine.explain.story import ABORTED_STATES, PARKED, JournalRow, Story, items_of, text_of
+
+_RESTORE = "run: spine restore --reason WHY --actor YOU, then start the run again"
+_DENIAL_REMEDIES = {
+    "DEGRADED_NEW_RUN": "New runs are refused while the authority is degraded; when its cause is gone, "
+    + _RESTORE
+    + ".",
+    "HALTED": "Nothing new runs while the authority is halted; when its cause is gone, " + _RESTORE + ".",
+    "TENANT_MISMATCH": "Call with the tenant that the run belongs to.",
+    "UNKNOWN_OPERATION": "Register the operation before the Spine starts, or correct its name (see spine ops).",
+    "INVALID_PARAMS": "Correct the parameters that the reason names, and call again.",
+    "OVERLOADED": "Call again with wait=True, or with fewer callers at once.",
+    "IDEMPOTENCY_CONFLICT": "Use a new idempotency key: this one was used with other parameters.",
+    "IN_DOUBT": "Find out whether the interrupted call took effect; only then call again, under a new idempotency key.",
+    "JOURNAL_UNAVAILABLE": "Make the database writable again (space, permissions, connection), and call again.",
+}
+
+
+def next_step(story: Story, verdict: str, cause: Cause, *, intact: bool | None) -> str:
+    """Return one sentence, or a command, for the operator who reads the explanation."""
+    if intact is False:
+        return "Trust no line above until this is cleared up: spine verify names every row that was changed."
+    match verdict:
+        case "parked":
+            return f"Repair domain {_domain(story)}: its rollback waits, parked, for an operator."
+        case "rolled_back":
+            return f"Repair domain {_domain(story)} and complete the run again: nothing of this attempt persists."
+        case "denied":
+            return _after_denial(story)
+        case "failed":
+            return _after_failure(cause)
+        case "succeeded":
+            unpublished = sum(str(row.body.get("event_id")) not in story.published for row in story.events)
+            waits = f", but {unpublished} of its events wait for the publisher" if unpublished else ""
+            return f"Nothing to do{waits}."
+        case _:
+            return _while_pending(story)
+
+
+def _domain(story: Story) -> str:
+    attempt = story.in_state(PARKED) or story.in_state(*ABORTED_STATES)
+    step = failed_domain(attempt)
+    if step is not None and step.name is not None:
+        return step.name
+    ended = attempt.ended if attempt is not None else None
+    return (text_of(ended.body, "failed_domain") if ended is not None else None) or "unknown"
+
+
+def _after_denial(story: Story) -> str:
+    row = decisive_denial(story)
+    code = (text_of(row.body, "code") if row is not None else None) or "DENIED"
+    known = _DENIAL_REMEDIES.get(code)
+    if known is not None:
+        return known
+    rule = _determining_rule(row)
+    if rule is None:
+        return "Change what the reason names, and call again."
+    if code == "RULE_ERROR":
+        return f"Repair rule {rule}: it raised, and a rule that raises denies."
+    tail = "start the run again" if row is story.refused_start else "repeat the operation"
+    return f"Change what rule {rule} objects to, or the rule itself, and {tail}."
+
+
+def _determining_rule(row: JournalRow | None) -> str | None:
+    for rule in items_of(row.body, "rules") if row is not None else []:
+        if isinstance(rule, dict) and rule.get("determined") and rule.get("id"):
+            version = rule.get("version")
+            return f"{rule['id']} (version {version})" if version else str(rule["id"])
+    return None
+
+
+def _after_failure(cause: Cause) -> str:
+    if cause.code.startswith("HANDLER_EXCEPTION"):
+        return "Repair the operation's handler, which raised, and run the task again under a new run id."
+    if cause.code == "TIMEOUT":
+        return "Find out why the operation takes so long, or give it more time (timeout_s), and start a new run."
+    return "Correct what the error names, and run the task again under a new run id."
+
+
+def _while_pending(story: Story) -> str:
+    flying = [attempt for attempt in story.latest() if attempt.in_flight]
+    if flying:
+        return "Wait: the process that holds the transaction finishes it, or the next one that starts."
+    if story.open_decisions():
+        return "Wait for the operation, or start the application again: recovery ends what a dead process left open."
+    return "Complete the run: complete_run(run_id, tenant_id=..., run_status=...)."

@@ -1,0 +1,144 @@
+"""An explanation as lines of text that no recorded value can forge: control characters are shown escaped."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spine.explain.decisions import DecisionLine
+
+_LONGEST = 500
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+Line = tuple[str, str]
+"""A style name (``head``, ``good``, ``bad``, ``warn``, ``dim`` or empty) and the text."""
+
+
+def printable(value: Any, *, longest: int = _LONGEST) -> str:
+    """Return ``value`` on one line with control, bidi and other invisible characters escaped; ``None`` is unknown."""
+    if value is None:
+        return "unknown"
+    text = str(value)
+    cut = f"... ({len(text)} characters, whole with --json)" if len(text) > longest else ""
+    return "".join(_escaped(char) for char in text[:longest]) + cut
+
+
+def _escaped(char: str) -> str:
+    if char.isascii() and char.isprintable():
+        return char
+    if unicodedata.category(char) not in _UNSAFE:
+        return char
+    code = ord(char)
+    if code <= 0xFF:
+        return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(char, f"\\x{code:02x}")
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def verdict_style(verdict: str) -> str:
+    """Return the style in which a verdict is shown."""
+    return {"succeeded": "good", "pending": "warn"}.get(verdict, "bad")
+
+
+def explanation_lines(answer: Mapping[str, Any], decisions: Sequence[DecisionLine], notes: Sequence[str]) -> list[Line]:
+    """Return the answer as styled lines: verdict, cause, then what led to them; shape as ``Explanation.to_dict``."""
+    verdict, cause, evidence = answer["verdict"], answer["cause"], answer["evidence"]
+    intact = {True: "intact", False: "BROKEN", None: "not checked"}[evidence["intact"]]
+    lines: list[Line] = [
+        (verdict_style(verdict), f"run {printable(answer['run_id'])} {verdict.replace('_', ' ')}"),
+        ("", f"cause: {printable(cause['code'])}: {printable(cause['text'])} ({_place(cause['seq'])})"),
+        ("dim", f"tenant {printable(answer['tenant_id'])}" + "".join(f"; {printable(note)}" for note in notes)),
+        ("", ""),
+        ("head", f"decisions ({len(decisions)})"),
+    ]
+    for decision in decisions:
+        lines += _decision(decision)
+    lines += [("", ""), *_completion(answer["transaction"]), *_contract(answer["contract"]), *_events(answer["events"])]
+    first, last = evidence["first"], evidence["last"]
+    place = f"evidence: journal {printable(evidence['stream'])} #{first} to #{last}, {intact}"
+    lines += [("", ""), ("bad" if evidence["intact"] is False else "dim", place)]
+    lines.append(("head", f"next: {printable(answer['next'])}"))
+    return lines
+
+
+def _place(seq: int | None) -> str:
+    return "journal row unknown" if seq is None else f"journal #{seq}"
+
+
+def _decision(decision: DecisionLine) -> list[Line]:
+    style, word = _standing(decision)
+    head = f"  #{decision.seq} {printable(decision.operation)}: {word}"
+    if decision.allowed is not True or decision.degraded:
+        head += f" {printable(decision.code)}: {printable(decision.reason)}"
+    lines = [(style, head + _ending(decision))]
+    for rule in decision.rules:
+        if rule.get("determined"):
+            version = f" version {printable(rule['version'])}" if rule.get("version") is not None else ""
+            because = f": {printable(rule['reason'])}" if rule.get("reason") else ""
+            stands = f"{printable(rule.get('mode'))} -> {printable(rule.get('outcome'))}"
+            lines.append(("dim", f"      rule {printable(rule.get('id'))}{version} {stands}{because}"))
+    if decision.would_have:
+        code, reason = decision.would_have.get("code"), decision.would_have.get("reason")
+        lines.append(("warn", f"      would have been denied: {printable(code)}: {printable(reason)}"))
+    if decision.missing_inputs:
+        lines.append(
+            ("warn", "      missing inputs: " + ", ".join(printable(name) for name in decision.missing_inputs))
+        )
+    return lines
+
+
+def _standing(decision: DecisionLine) -> tuple[str, str]:
+    if decision.allowed is None:
+        return "warn", "unknown"
+    if not decision.allowed:
+        return "bad", "denied"
+    effect = f" ({decision.effect.replace('_', ' ')})" if decision.effect in ("bypassed", "failed_open") else ""
+    failed = decision.outcome is not None and decision.outcome["success"] is False
+    style = "bad" if failed else "warn" if decision.degraded or effect else ""
+    return style, ("allowed, degraded" if decision.degraded else "allowed") + effect
+
+
+def _ending(decision: DecisionLine) -> str:
+    outcome = decision.outcome
+    if outcome is None:
+        return "" if decision.final else "; no outcome recorded"
+    if outcome["success"] is True:
+        end = "; succeeded"
+    else:
+        end = f"; failed {printable(outcome['error_code'])}: {printable(decision.error)}"
+    return end + f" (queue {_ms(outcome['queue_ms'])}, handler {_ms(outcome['handle_ms'])})"
+
+
+def _ms(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1f} ms"
+
+
+def _completion(transaction: Mapping[str, Any] | None) -> list[Line]:
+    if transaction is None:
+        return [("head", "completion: none recorded")]
+    lines: list[Line] = [
+        ("head", f"completion {printable(transaction['state'])}, phase {printable(transaction['phase'])}")
+    ]
+    for domain in transaction["domains"]:
+        error = f": {printable(domain['error'])}" if domain["error"] is not None else ""
+        result = f" {printable(domain['result_id'])}" if domain["result_id"] is not None else ""
+        who = f"{printable(domain['name'])} ({printable(domain['class'])})"
+        lines.append(("bad" if error else "", f"  {who} {printable(domain['state'])}{result}{error}"))
+    return lines
+
+
+def _contract(contract: Mapping[str, Any] | None) -> list[Line]:
+    if contract is None:
+        return [("head", "contract: nothing was promised")]
+    lines: list[Line] = [("head", f"contract {printable(contract['overall'])}")]
+    for promise in contract["expectations"]:
+        style = {"met": "", "pending": "warn"}.get(promise["status"], "bad")
+        lines.append((style, f"  {printable(promise['domain'])}/{printable(promise['action'])} {promise['status']}"))
+    return lines
+
+
+def _events(events: Sequence[Mapping[str, Any]]) -> list[Line]:
+    if not events:
+        return [("head", "events: none")]
+    published = sum(1 for event in events if event["published"])
+    return [("head", f"events: {len(events)}, {published} published")]

@@ -1,0 +1,190 @@
+"""The runtime audit contract: what a run promised, what was acknowledged, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+FINALIZE: Final = ("orchestrator", "finalize_run")
+
+
+class AckStatus(StrEnum):
+    """What a domain reported."""
+
+    SUCCESS = "SUCCESS"
+    FAILED = "FAILED"
+    ROLLED_BACK = "ROLLED_BACK"
+
+
+class Overall(StrEnum):
+    """The verdict over all promises of a run."""
+
+    COMPLETE = "COMPLETE"
+    INCOMPLETE = "INCOMPLETE"
+    STALE = "STALE"
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """A promise: ``domain`` will acknowledge ``action`` within ``deadline_s`` seconds of the run's start."""
+
+    domain: str
+    action: str
+    deadline_s: float = 3600.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form in which ``run.started`` holds it."""
+        return {"domain": self.domain, "action": self.action, "deadline_s": self.deadline_s}
+
+    def due(self, started_at: int) -> Due:
+        """The promise with its moment, for a run started at ``started_at`` (unix microseconds)."""
+        return Due(self.domain, self.action, started_at + round(self.deadline_s * 1_000_000))
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A promise with its moment (unix microseconds)."""
+
+    domain: str
+    action: str
+    deadline_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """What a domain reported; a ROLLED_BACK takes back the SUCCESS with the same transaction and result."""
+
+    domain: str
+    action: str
+    status: AckStatus
+    result_id: str | None = None
+    error: str | None = None
+    tx_id: str | None = None
+
+
+STANDARD: Final = (
+    Expectation("logs", "start_trace", 60.0),
+    Expectation("incidents", "create_incident"),
+    Expectation("policies", "evaluate_policy"),
+    Expectation(*FINALIZE),
+)
+
+
+def promised(
+    taking_part: Iterable[tuple[str, str]] = (), declared: Iterable[Expectation] = ()
+) -> tuple[Expectation, ...]:
+    """What a run promises at its start: the standard set, each (domain, action) taking part, and the user's own.
+
+    A later declaration of the same domain and action replaces the earlier one's deadline.
+    """
+    found = {(e.domain, e.action): e for e in STANDARD}
+    for domain, action in taking_part:
+        found.setdefault((domain, action), Expectation(domain, action))
+    for expectation in declared:
+        found[expectation.domain, expectation.action] = expectation
+    return tuple(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One promise or report that is not as it should be."""
+
+    domain: str
+    action: str
+    verdict: str
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"domain": self.domain, "action": self.action, "verdict": self.verdict, "error": self.error}
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciliation:
+    """The verdict over a run's contract.
+
+    ``missing``: promised, and never acknowledged although the time is over or the run is finalised. ``failed``:
+    acknowledged, but FAILED or rolled back. ``drift``: acknowledged, but never promised. ``stale``: the run was not
+    finalised in time. ``pending``: there is still time.
+    """
+
+    overall: Overall
+    missing: tuple[Finding, ...] = ()
+    drift: tuple[Finding, ...] = ()
+    failed: tuple[Finding, ...] = ()
+    stale: tuple[Finding, ...] = ()
+    pending: tuple[Finding, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "overall": self.overall.value,
+            "missing": [f.to_dict() for f in self.missing],
+            "drift": [f.to_dict() for f in self.drift],
+            "failed": [f.to_dict() for f in self.failed],
+            "stale": [f.to_dict() for f in self.stale],
+            "pending": [f.to_dict() for f in self.pending],
+        }
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What was reported for one domain and action."""
+
+    standing: set[tuple[str | None, str | None]]
+    taken_back: set[tuple[str | None, str | None]]
+    error: str | None = None
+
+    @property
+    def delivered(self) -> bool:
+        return bool(self.standing - self.taken_back)
+
+
+def _listen(acks: Iterable[Ack]) -> dict[tuple[str, str], _Heard]:
+    heard: dict[tuple[str, str], _Heard] = {}
+    for ack in acks:
+        entry = heard.setdefault((ack.domain, ack.action), _Heard(set(), set()))
+        match ack.status:
+            case AckStatus.SUCCESS:
+                entry.standing.add((ack.tx_id, ack.result_id))
+            case AckStatus.ROLLED_BACK:
+                entry.taken_back.add((ack.tx_id, ack.result_id))
+                entry.error = ack.error or "rolled back"
+            case AckStatus.FAILED:
+                entry.error = ack.error or "failed"
+    return heard
+
+
+def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> Reconciliation:
+    """Compare what was promised with what was acknowledged, as of ``now_us`` (unix microseconds)."""
+    heard = _listen(acks)
+    finalised = FINALIZE in heard and heard[FINALIZE].delivered
+    missing: list[Finding] = []
+    failed: list[Finding] = []
+    stale: list[Finding] = []
+    pending: list[Finding] = []
+    for due in expectations:
+        key = (due.domain, due.action)
+        entry = heard.get(key)
+        if entry is not None and entry.delivered:
+            continue
+        late = now_us > due.deadline_at
+        if key == FINALIZE and late:
+            stale.append(Finding(*key, "stale", entry.error if entry else None))
+        elif entry is not None:
+            failed.append(Finding(*key, "failed", entry.error))
+        elif late or finalised:
+            missing.append(Finding(*key, "missing"))
+        else:
+            pending.append(Finding(*key, "pending"))
+    known = {(due.domain, due.action) for due in expectations}
+    drift = tuple(Finding(*key, "drift", entry.error) for key, entry in heard.items() if key not in known)
+    if stale:
+        overall = Overall.STALE
+    elif missing or failed or pending:
+        overall = Overall.INCOMPLETE
+    else:
+        overall = Overall.COMPLETE
+    return Reconciliation(overall, tuple(missing), drift, tuple(failed), tuple(stale), tuple(pending))

@@ -1,0 +1,248 @@
+"""Parameters at the edge: what can be recorded, its digest, what is masked, and the read-only view handed to rules."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
+
+from spine.kernel.errors import SpineError
+
+PARAMS_MOST_BYTES = 1 << 20
+DEPTH_MOST = 64
+MASK = "**********"
+_SAFE_INT = 1 << 53
+
+
+class InvalidParams(SpineError):
+    """Parameters that cannot be accepted; ``told`` may show values to the caller, ``recorded`` never does."""
+
+    def __init__(self, told: str, recorded: str) -> None:
+        super().__init__(told)
+        self.told = told
+        self.recorded = recorded
+
+    def __reduce__(self) -> tuple[type[InvalidParams], tuple[str, str]]:
+        return (type(self), (self.told, self.recorded))
+
+
+class Params(Mapping[str, Any]):
+    """A read-only mapping that remembers which absent keys were asked for."""
+
+    __slots__ = ("_missing", "_values")
+
+    def __init__(self, values: dict[str, Any], missing: list[str]) -> None:
+        self._values = values
+        self._missing = missing
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return self._values[key]
+        except KeyError:
+            if key not in self._missing and len(self._missing) < 64:
+                self._missing.append(str(key)[:200])
+            raise
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Params({sorted(self._values)})"
+
+
+@dataclass(slots=True)
+class Accepted:
+    """Parameters that passed: their private copy, the digest of their masked canonical JSON, and what was masked."""
+
+    values: dict[str, Any]
+    model: BaseModel | None
+    digest: str
+    masked: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+    nested: bool = False
+
+    def view(self, missing: list[str]) -> Params:
+        """A fresh read-only view, so that nobody's change of a nested value reaches anybody else."""
+        return Params(copied(self.values) if self.nested else self.values, missing)
+
+    def audited(self, fields: tuple[str, ...] | None) -> dict[str, Any]:
+        """What of the parameters is recorded: the named fields, secrets masked."""
+        if not fields:
+            return {}
+        chosen = {name: self.values[name] for name in fields if name in self.values}
+        loaded: dict[str, Any] = orjson.loads(orjson.dumps(chosen, default=_plain))
+        return loaded
+
+    def scrub(self, text: str) -> str:
+        """The text without any secret of these parameters."""
+        for secret in self.secrets:
+            text = text.replace(secret, MASK)
+        return text
+
+
+def accept(params: object, model: type[BaseModel] | None) -> Accepted:
+    """Check parameters and take a private copy; raises ``InvalidParams`` naming every field that is wrong."""
+    if params is None:
+        params = {}
+    if not isinstance(params, Mapping):
+        raise _refused([("params", f"must be a mapping, not {type(params).__name__}", "")])
+    values: dict[str, Any] = dict(params)
+    problems = _encoding_problems(values)
+    if problems:
+        raise _refused(problems)
+    instance = None
+    if model is not None:
+        try:
+            instance = model.model_validate(values)
+        except ValidationError as error:
+            raise _refused(list(_model_problems(error, model))) from None
+        values = instance.model_dump()
+    return _accepted(values, instance)
+
+
+def _accepted(values: dict[str, Any], model: BaseModel | None) -> Accepted:
+    masked: list[str] = []
+    secrets: list[str] = []
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, SecretStr):
+            secrets.append(value.get_secret_value())
+            return MASK
+        return _plain(value)
+
+    try:
+        text = orjson.dumps(values, default=plain, option=orjson.OPT_SORT_KEYS)
+    except TypeError as error:
+        problem = f"the model's values cannot be recorded as JSON: {error}"
+        raise _refused([("params", problem, "")]) from None
+    if MASK.encode() in text:
+        masked = sorted(_masked_paths(values, ""))
+    nested = any(type(value) in (dict, list) for value in values.values())
+    return Accepted(
+        copied(values) if nested else values,
+        model,
+        hashlib.sha256(text).hexdigest(),
+        tuple(masked),
+        tuple(secret for secret in secrets if secret),
+        nested,
+    )
+
+
+def copied(value: Any) -> Any:
+    """The containers anew, their leaves the same."""
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    if type(value) is list:
+        return [copied(item) for item in value]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (SecretStr, SecretBytes)):
+        return MASK
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if isinstance(value, Decimal):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _masked_paths(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, (SecretStr, SecretBytes)):
+        yield path
+    elif isinstance(value, BaseModel):
+        yield from _masked_paths(value.model_dump(), path)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _masked_paths(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _masked_paths(item, f"{path}[{index}]")
+
+
+Problem = tuple[str, str, str]
+
+
+def _encoding_problems(values: dict[str, Any]) -> list[Problem]:
+    """What keeps the values from being recorded as they are; the slow walk happens only on suspicion."""
+    try:
+        text = orjson.dumps(values, default=_plain, option=orjson.OPT_STRICT_INTEGER)
+    except (TypeError, RecursionError) as error:
+        return list(_walk(values, "", 0)) or [("params", str(error), "")]
+    if len(text) > PARAMS_MOST_BYTES:
+        return [("params", f"{len(text)} bytes as JSON, at most {PARAMS_MOST_BYTES} are taken", "")]
+    if b"null" in text or b"\\u0000" in text or text.count(b"[") + text.count(b"{") > DEPTH_MOST:
+        return list(_walk(values, "", 0))
+    return []
+
+
+def _walk(value: Any, path: str, depth: int) -> Iterator[Problem]:
+    here = path or "params"
+    if depth > DEPTH_MOST:
+        yield here[:200], f"nested more than {DEPTH_MOST} deep", ""
+    elif isinstance(value, str):
+        problem = text_problem(value)
+        if problem:
+            yield here, problem, ascii(value)
+    elif isinstance(value, bool) or value is None:
+        return
+    elif isinstance(value, int):
+        if abs(value) >= _SAFE_INT:
+            yield here, "an integer beyond 2**53 is not exact in JSON: send it as text", str(value)[:40]
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            yield here, "must be a finite number", repr(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str) or text_problem(key):
+                yield here, f"has the key {ascii(key)[:80]}, keys must be plain text", ""
+            else:
+                yield from _walk(item, f"{path}.{key}" if path else key, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _walk(item, f"{path}[{index}]", depth + 1)
+    else:
+        try:
+            orjson.dumps(value, default=_plain)
+        except (TypeError, RecursionError):
+            yield here, f"is {type(value).__name__}, which is not JSON", ""
+
+
+def text_problem(text: str) -> str | None:
+    """Why this text cannot be stored, or ``None``."""
+    if "\x00" in text:
+        return "holds a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "holds a lone surrogate, which is not Unicode text"
+    return None
+
+
+def _model_problems(error: ValidationError, model: type[BaseModel]) -> Iterator[Problem]:
+    for found in error.errors(include_url=False, include_context=False):
+        path = ".".join(map(str, found["loc"])) or "params"
+        field = model.model_fields.get(str(found["loc"][0])) if found["loc"] else None
+        secret = field is not None and "Secret" in str(field.annotation)
+        yield path, found["msg"], MASK if secret else ascii(found["input"]) if found["type"] != "missing" else ""
+
+
+def _refused(problems: list[Problem]) -> InvalidParams:
+    shown = problems[:20]
+    more = f" (and {len(problems) - 20} more)" if len(problems) > 20 else ""
+    told = "; ".join(f"{path}: {problem}" + (f" (got {value[:80]})" if value else "") for path, problem, value in shown)
+    recorded = "; ".join(f"{path}: {problem}" for path, problem, _ in shown)
+    return InvalidParams(_storable(told + more), _storable(recorded + more))
+
+
+def _storable(text: str) -> str:
+    return text if text_problem(text) is None else ascii(text)

@@ -1,0 +1,79 @@
+"""The unit of work as data: the records and writes that one commit takes together, and how that commit may end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Record:
+    """One fact for the journal.
+
+    ``fields`` is the body without ``kind``, ``at`` and ``unit``, which the writer adds; ``at`` is unix microseconds.
+    """
+
+    kind: str
+    at: int
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One SQL statement of a LOCAL domain, with ``:name`` parameters and the row count it must change.
+
+    ``rows=None`` accepts any count. A different count fails the whole unit: nothing of it is written.
+    """
+
+    sql: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    rows: int | None = 1
+
+
+@dataclass(slots=True)
+class Unit:
+    """What is committed together or not at all.
+
+    ``epoch`` is the governance epoch the decision was made under; ``None`` binds the unit to no epoch.
+    """
+
+    id: str
+    records: Sequence[Record]
+    writes: Sequence[Write] = ()
+    epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The unit is durable as journal rows ``first`` to ``last`` (both included)."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class StaleEpoch:
+    """Nothing was written: the governance state changed (now ``epoch``) after the decision; decide again."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class GuardFailed:
+    """Nothing was written: statement ``guard`` changed ``found`` rows where ``required`` were required."""
+
+    guard: str
+    required: int
+    found: int
+
+
+@dataclass(frozen=True, slots=True)
+class StorageFailed:
+    """The database refused the unit; ``unknown`` tells that even the look-up after a lost COMMIT failed."""
+
+    error: str
+    unknown: bool = False
+
+
+CommitOutcome = Committed | StaleEpoch | GuardFailed | StorageFailed

@@ -1,0 +1,322 @@
+"""What each record changes in the tables beside the journal, as data: the same for the writer and for ``verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import orjson
+
+from spine.journal.statements import Params, Statement, delete, insert, update
+
+Operation = tuple[Statement, Params]
+Fields = Mapping[str, Any]
+
+GUARD_RUN: Final = "run claim"
+GUARD_IDEMPOTENCY: Final = "idempotency claim"
+GUARD_GOVERNANCE: Final = "governance epoch"
+GUARD_TRANSACTION: Final = "transaction claim"
+GUARD_TRANSACTION_STATE: Final = "transaction state"
+GUARD_RUN_KNOWN: Final = "run known"
+GUARD_DECISION: Final = "decision claim"
+GUARD_DECISION_OPEN: Final = "decision open"
+GUARD_KEY_OPEN: Final = "idempotency open"
+GUARD_EXPECTATION: Final = "expectation claim"
+GUARD_STEP: Final = "step"
+GUARD_ACKNOWLEDGEMENT: Final = "acknowledgement"
+GUARD_EVENT: Final = "event claim"
+GUARD_EVENT_KNOWN: Final = "event known"
+GUARD_ROW: Final = "row claim"
+
+DOMAIN_COLUMNS: Final = (
+    "id",
+    "run_id",
+    "tenant_id",
+    "kind",
+    "status",
+    "detail",
+    "created_at",
+    "is_synthetic",
+    "synthetic_scenario_id",
+)
+DOMAIN_TABLES: Final = ("incidents", "policy_evaluations", "traces", "lessons")
+
+INSERT_RUN: Final = insert(
+    "runs", 1, GUARD_RUN, "run_id tenant_id agent_id implicit state started_seq started_at"
+)
+INSERT_EXPECTATION: Final = insert(
+    "run_expectations", 2, GUARD_EXPECTATION, "run_id domain action deadline_at", key=(0, 1, 2)
+)
+INSERT_TRANSACTION: Final = insert(
+    "transactions",
+    3,
+    GUARD_TRANSACTION,
+    "tx_id run_id tenant_id completion_key digest attempt previous state epoch seq_begun",
+)
+UPSERT_STEP: Final = insert(
+    "steps",
+    4,
+    GUARD_STEP,
+    "tx_id n domain class state effect_id result_id error",
+    key=(0, 1),
+    conflict="(tx_id, n) DO UPDATE SET state = excluded.state, effect_id = excluded.effect_id, "
+    "result_id = excluded.result_id, error = excluded.error",
+)
+INSERT_ACKNOWLEDGEMENT: Final = insert(
+    "acknowledgements", 5, GUARD_ACKNOWLEDGEMENT, "seq run_id tx_id domain action status result_id error"
+)
+INSERT_DECISION: Final = insert(
+    "open_decisions", 6, GUARD_DECISION, "decision_id instance seq run_id tenant_id operation key"
+)
+INSERT_KEY: Final = insert(
+    "idempotency",
+    7,
+    GUARD_IDEMPOTENCY,
+    "tenant_id operation key digest decision_id state seq_decision",
+    key=(0, 1, 2),
+)
+INSERT_EVENT: Final = insert("outbox", 8, GUARD_EVENT, "event_id tx_id run_id n type state seq")
+INSERT_ROW: Final = {
+    table: insert(table, 9 + place, GUARD_ROW, " ".join((*DOMAIN_COLUMNS, "seq")))
+    for place, table in enumerate(DOMAIN_TABLES)
+}
+UPDATE_GOVERNANCE: Final = update(
+    "governance",
+    20,
+    GUARD_GOVERNANCE,
+    "state = ?, epoch = ?, reason = ?, actor = ?, since_at = ?, expires_at = ?, seq = ?",
+    "id = ? AND epoch = ?",
+    key=(7,),
+)
+RECLAIM_KEY: Final = update(
+    "idempotency",
+    21,
+    GUARD_IDEMPOTENCY,
+    "decision_id = ?, state = ?, seq_decision = ?, seq_outcome = NULL",
+    "tenant_id = ? AND operation = ? AND key = ? AND digest = ? AND state = 'interrupted'",
+    key=(3, 4, 5),
+)
+CLOSE_KEY: Final = update(
+    "idempotency",
+    22,
+    GUARD_KEY_OPEN,
+    "state = ?, seq_outcome = ?",
+    "tenant_id = ? AND operation = ? AND key = ? AND decision_id = ? AND state = 'open'",
+    key=(2, 3, 4),
+)
+END_TRANSACTION: Final = update(
+    "transactions",
+    23,
+    GUARD_TRANSACTION_STATE,
+    "state = ?, phase = ?, seq_ended = ?",
+    # An abort of LOCAL domains alone has nothing to compensate: it ends in the commit that decides it.
+    "tx_id = ? AND epoch = COALESCE(?, epoch) AND (state = 'EXECUTING' OR (state = 'COMPENSATING' AND ? = 'ABORTED'))",
+    key=(3,),
+)
+END_RUN: Final = update(
+    "runs",
+    24,
+    GUARD_RUN_KNOWN,
+    "state = ?, run_status = COALESCE(?, run_status), completed_seq = ?, completed_at = ?, tx_id = ?",
+    "run_id = ?",
+    key=(5,),
+)
+PUBLISH_EVENT: Final = update("outbox", 25, GUARD_EVENT_KNOWN, "state = 'published'", "event_id = ?", key=(0,))
+CLOSE_DECISION: Final = delete("open_decisions", 30, GUARD_DECISION_OPEN, "decision_id", undoes=INSERT_DECISION)
+
+
+def _run_started(fields: Fields, seq: int) -> list[Operation]:
+    run_id, at = fields["run_id"], fields["at"]
+    found = [
+        (
+            INSERT_RUN,
+            (run_id, fields["tenant_id"], fields.get("agent_id"), bool(fields.get("implicit")), "open", seq, at),
+        )
+    ]
+    for promise in fields.get("expectations") or ():
+        deadline_at = at + round(promise["deadline_s"] * 1_000_000)
+        found.append((INSERT_EXPECTATION, (run_id, promise["domain"], promise["action"], deadline_at)))
+    return found
+
+
+def _decision(fields: Fields, seq: int) -> list[Operation]:
+    decision_id, key, final = fields["decision_id"], fields.get("key"), fields["final"]
+    tenant_id, operation = fields["tenant_id"], fields["operation"]
+    found: list[Operation] = []
+    if not final:
+        place = (decision_id, fields["instance"], seq, fields.get("run_id"), tenant_id, operation, key)
+        found.append((INSERT_DECISION, place))
+    if key is not None:
+        state, digest = "denied" if final else "open", fields["params_digest"]
+        if fields.get("attempt", 1) > 1:
+            found.append((RECLAIM_KEY, (decision_id, state, seq, tenant_id, operation, key, digest)))
+        else:
+            found.append((INSERT_KEY, (tenant_id, operation, key, digest, decision_id, state, seq)))
+    return found
+
+
+def _outcome(fields: Fields, seq: int) -> list[Operation]:
+    decision_id, key = fields["decision_id"], fields.get("key")
+    found: list[Operation] = [(CLOSE_DECISION, (decision_id,))]
+    if key is not None:
+        state = "interrupted" if fields.get("error_code") == "INTERRUPTED" else "done"
+        found.append((CLOSE_KEY, (state, seq, fields["tenant_id"], fields["operation"], key, decision_id)))
+    return found
+
+
+def _governance_changed(fields: Fields, seq: int) -> list[Operation]:
+    epoch = fields["epoch"]
+    return [
+        (
+            UPDATE_GOVERNANCE,
+            (
+                fields["to"],
+                epoch,
+                fields.get("reason"),
+                fields.get("actor"),
+                fields["at"],
+                fields.get("expires_at"),
+                seq,
+                1,
+                epoch - 1,
+            ),
+        )
+    ]
+
+
+def _tx_begun(fields: Fields, seq: int) -> list[Operation]:
+    return [
+        (
+            INSERT_TRANSACTION,
+            (
+                fields["tx_id"],
+                fields["run_id"],
+                fields["tenant_id"],
+                fields["completion_key"],
+                fields["digest"],
+                fields["attempt"],
+                fields.get("previous"),
+                "EXECUTING",
+                fields["epoch"],
+                seq,
+            ),
+        )
+    ]
+
+
+def _tx_step(fields: Fields, seq: int) -> list[Operation]:
+    found: list[Operation] = [
+        (
+            UPSERT_STEP,
+            (
+                fields["tx_id"],
+                fields["n"],
+                fields["domain"],
+                fields["class"],
+                fields["state"],
+                fields.get("effect_id"),
+                fields.get("result_id"),
+                fields.get("error"),
+            ),
+        )
+    ]
+    found.extend(_domain_row(entry["table"], entry["row"], fields, seq) for entry in fields.get("rows") or ())
+    return found
+
+
+def _tx_ended(fields: Fields, seq: int) -> list[Operation]:
+    committed = fields["kind"] == "tx.committed"
+    state = "COMMITTED" if committed else fields["state"]
+    tx_id, phase, epoch = fields["tx_id"], fields.get("phase"), fields.get("epoch")
+    run_state = "committed" if committed else "aborted"
+    return [
+        (END_TRANSACTION, (state, phase, seq, tx_id, epoch, state)),
+        (END_RUN, (run_state, fields.get("run_status"), seq, fields["at"], tx_id, fields["run_id"])),
+    ]
+
+
+def _ack(fields: Fields, seq: int) -> list[Operation]:
+    return [
+        (
+            INSERT_ACKNOWLEDGEMENT,
+            (
+                seq,
+                fields["run_id"],
+                fields.get("tx_id"),
+                fields["domain"],
+                fields["action"],
+                fields["status"],
+                fields.get("result_id"),
+                fields.get("error"),
+            ),
+        )
+    ]
+
+
+def _event(fields: Fields, seq: int) -> list[Operation]:
+    place = (fields["event_id"], fields.get("tx_id"), fields.get("run_id"), fields["n"], fields["type"], "pending", seq)
+    return [(INSERT_EVENT, place)]
+
+
+def _event_published(fields: Fields, seq: int) -> list[Operation]:  # noqa: ARG001  the table of makers has one shape
+    return [(PUBLISH_EVENT, (event_id,)) for event_id in fields["event_ids"]]
+
+
+def _policy_evaluation(fields: Fields, seq: int) -> list[Operation]:
+    return [_domain_row("policy_evaluations", fields["row"], fields, seq)]
+
+
+def _lesson(fields: Fields, seq: int) -> list[Operation]:
+    return [_domain_row("lessons", fields["row"], fields, seq)]
+
+
+def _domain_row(table: str, row: Mapping[str, Any], fields: Fields, seq: int) -> Operation:
+    """The insert of a built-in domain's row. Raises ValueError naming a table or column that is not theirs."""
+    statement = INSERT_ROW.get(table)
+    if statement is None:
+        raise ValueError(f"rows of table {table!r} do not go through the record: use a Write for tables of your own")
+    unknown = row.keys() - set(DOMAIN_COLUMNS)
+    if unknown:
+        raise ValueError(f"table {table} has no column {min(unknown)!r}: put it into detail")
+    detail = row.get("detail")
+    if detail is not None and not isinstance(detail, str):
+        detail = orjson.dumps(detail, option=orjson.OPT_SORT_KEYS).decode()
+    values = (
+        row["id"],
+        row.get("run_id", fields.get("run_id")),
+        row.get("tenant_id", fields["tenant_id"]),
+        row.get("kind"),
+        row.get("status"),
+        detail,
+        row.get("created_at", fields["at"]),
+        bool(row.get("is_synthetic")),
+        row.get("synthetic_scenario_id"),
+        seq,
+    )
+    return statement, values
+
+
+MAKERS: Final[Mapping[str, Callable[[Fields, int], list[Operation]]]] = {
+    "run.started": _run_started,
+    "decision": _decision,
+    "outcome": _outcome,
+    "governance.changed": _governance_changed,
+    "tx.begun": _tx_begun,
+    "tx.step": _tx_step,
+    "tx.committed": _tx_ended,
+    "tx.aborted": _tx_ended,
+    "ack": _ack,
+    "event": _event,
+    "event.published": _event_published,
+    "policy.evaluation": _policy_evaluation,
+    "lesson": _lesson,
+}
+
+
+def projections(fields: Fields, seq: int) -> list[Operation]:
+    """The changes that the record with this whole body makes as journal row ``seq``; none for a kind without tables.
+
+    Raises LookupError, TypeError or ValueError when a field is missing or of another type.
+    """
+    maker = MAKERS.get(fields["kind"])
+    return [] if maker is None else maker(fields, seq)

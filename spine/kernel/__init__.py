@@ -1,0 +1,1 @@
+"""The actor kernel: envelopes, mailboxes, actors, the router and the supervisor; it knows nothing of governance."""

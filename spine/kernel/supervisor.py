@@ -1,0 +1,338 @@
+"""The supervisor: starts its children in order, restarts the one that crashes, stops them in reverse.
+
+Vocabulary and semantics are OTP's (child spec, restart type, intensity, period). The supervisor runs in one task that
+owns every child; start, exit and stop reach it as messages, so that no cancel scope is ever shared between tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, assert_never
+
+import anyio
+from anyio.abc import TaskGroup
+
+from spine.kernel.actor import Actor
+from spine.kernel.errors import ActorCrashed, ConfigurationError, SpineFailed
+from spine.kernel.exchange import Exchange
+from spine.kernel.ids import Ids
+from spine.kernel.mailbox import Passage
+from spine.kernel.messages import Envelope, Stop
+from spine.kernel.restart import RestartType, Strategy, add_restart, backoff, restarts, wants_restart
+
+KILL_GRACE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """How one child is started, when it is restarted, and how many seconds its stop may take (> 0)."""
+
+    id: str
+    start: Callable[[], Actor]
+    restart: RestartType = "permanent"
+    shutdown_s: float = 5.0
+    start_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.id or self.shutdown_s <= 0 or self.start_s <= 0:
+            raise ConfigurationError(
+                f"child spec {self.id!r} needs an id and positive shutdown_s and start_s, "
+                f"not {self.shutdown_s!r} and {self.start_s!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Which children restart together and how often: at most ``intensity`` restarts in ``period_s`` seconds."""
+
+    strategy: Strategy = "one_for_one"
+    intensity: int = 3
+    period_s: float = 5.0
+    backoff_first_s: float = 0.01
+    backoff_most_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class CrashReport:
+    """What a crash leaves: who, on what, which restart of how many follows, and what had come in last."""
+
+    actor: str
+    error: str
+    restart: int
+    intensity: int
+    messages: tuple[str, ...]
+    state: str
+    ring: tuple[Passage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """How one child stopped: ``clean``, ``forced`` (cancelled) or ``leaked`` (still there), and in how many seconds."""
+
+    child: str
+    end: Literal["clean", "forced", "leaked"]
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Exit:
+    child: str
+    generation: int
+    error: BaseException | None
+
+
+@dataclass(slots=True)
+class _TryAgain:
+    child: str
+
+
+@dataclass(slots=True)
+class _Shutdown:
+    deadline_s: float
+
+
+@dataclass(slots=True)
+class _Child:
+    spec: ChildSpec
+    generation: int = 0
+    actor: Actor | None = None
+    task: asyncio.Task[None] | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    taken: list[Envelope] = field(default_factory=list)
+    crash: ActorCrashed | None = None
+
+
+class Supervisor:
+    """Owns the children of one exchange."""
+
+    def __init__(self, exchange: Exchange, ids: Ids, specs: Sequence[ChildSpec], policy: Policy | None = None) -> None:
+        names = [spec.id for spec in specs]
+        if len(set(names)) != len(names):
+            raise ConfigurationError(f"two child specs share an id: {names}")
+        self._exchange = exchange
+        self._ids = ids
+        self._policy = policy or Policy()
+        self._children = {spec.id: _Child(spec) for spec in specs}
+        self._history: list[float] = []
+        self._tell, self._inbox = anyio.create_memory_object_stream[_Exit | _TryAgain | _Shutdown](8 * len(specs) + 8)
+        self._task: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[None] = exchange.loop.create_future()
+        self.restarted = 0
+        self.crashes: list[CrashReport] = []
+        self.receipts: list[Receipt] = []
+
+    async def start(self) -> None:
+        """Start the children in order, each ready before the next; raises what the one that failed raised."""
+        self._task = asyncio.create_task(self._own(), name="spine.supervisor")
+        await asyncio.shield(self._started)
+
+    async def stop(self, deadline_s: float) -> list[Receipt]:
+        """Stop the children in reverse within ``deadline_s`` seconds and give a receipt for each."""
+        if self._task is None:
+            return []
+        if not self._task.done():
+            self._tell.send_nowait(_Shutdown(deadline_s))
+            await asyncio.wait([self._task], timeout=deadline_s + 2 * KILL_GRACE_S)
+        return self.receipts
+
+    def states(self) -> dict[str, str]:
+        """Each child's state: ready, starting or stopped."""
+        return {
+            name: "stopped" if child.task is None else "ready" if child.ready.is_set() else "starting"
+            for name, child in self._children.items()
+        }
+
+    async def _own(self) -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._exchange.deadlines.run, name="spine.deadlines")
+            try:
+                for child in self._children.values():
+                    await self._start(child)
+                self._started.set_result(None)
+            except Exception as error:  # noqa: BLE001  supervision boundary: start() raises it to the embedding program
+                await self._shutdown(5.0)
+                self._started.set_exception(error)
+                group.cancel_scope.cancel()
+                return
+            try:
+                await self._serve(group)
+            finally:
+                if self._exchange.closed is None:
+                    self._exchange.close(SpineFailed("the supervisor itself ended: read the log and restart the process"))
+                group.cancel_scope.cancel()
+
+    async def _serve(self, group: TaskGroup) -> None:
+        async for message in self._inbox:
+            match message:
+                case _Exit():
+                    if not self._exited(message, group):
+                        await self._shutdown(5.0)
+                        return
+                case _TryAgain(child=name):
+                    await self._start_again(self._children[name])
+                case _Shutdown(deadline_s=seconds):
+                    await self._shutdown(seconds)
+                    return
+                case _:
+                    assert_never(message)
+
+    async def _start(self, child: _Child) -> None:
+        child.generation += 1
+        child.ready, child.ended = asyncio.Event(), asyncio.Event()
+        child.task = asyncio.create_task(
+            self._incarnation(child, child.generation), name=f"spine.{child.spec.id}.{child.generation}"
+        )
+        waits = [asyncio.ensure_future(child.ready.wait()), asyncio.ensure_future(child.ended.wait())]
+        await asyncio.wait(waits, timeout=child.spec.start_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if child.ready.is_set():
+            self._exchange.tracer.life("spine.actor.started", actor=child.spec.id, generation=child.generation)
+            return
+        if child.ended.is_set() and child.crash is not None and child.crash.__cause__ is not None:
+            raise child.crash.__cause__
+        child.task.cancel()
+        raise SpineFailed(f"actor {child.spec.id!r} was not ready within {child.spec.start_s} s: see the log for why")
+
+    async def _start_again(self, child: _Child) -> None:
+        try:
+            await self._start(child)
+        except Exception as error:  # noqa: BLE001  supervision boundary: its exit message has already told of it
+            self._exchange.tracer.fault("spine.actor.start_failed", exc=error, actor=child.spec.id)
+
+    async def _incarnation(self, child: _Child, generation: int) -> None:
+        error: BaseException | None = None
+        try:
+            actor = child.actor = child.spec.start()
+            try:
+                await actor.start()
+                await actor.resume(tuple(child.taken), child.crash)
+                child.taken.clear()
+                child.crash = None
+                child.ready.set()
+                await actor.run()
+            finally:
+                with anyio.CancelScope(shield=True, deadline=anyio.current_time() + child.spec.shutdown_s):
+                    await actor.stop()
+        except asyncio.CancelledError as cancelled:
+            error = cancelled
+        except Exception as crash:  # noqa: BLE001  supervision boundary: the exit message carries it
+            error = crash
+        if error is not None and not child.ready.is_set():
+            child.crash = self._crashed(child, error)
+        child.ended.set()
+        self._tell.send_nowait(_Exit(child.spec.id, generation, error))
+
+    def _exited(self, exit_: _Exit, group: TaskGroup) -> bool:
+        """Decide what follows an exit; ``False`` when the intensity is exceeded and everything fails."""
+        child = self._children[exit_.child]
+        if exit_.generation != child.generation:
+            return True
+        child.task = None
+        child.ready = asyncio.Event()
+        exchange, policy = self._exchange, self._policy
+        crashed = exit_.error is not None
+        self._history, allowed = add_restart(
+            self._history, exchange.clock.monotonic(), intensity=policy.intensity, period_s=policy.period_s
+        )
+        if crashed:
+            self._report(child, exit_.error)
+        if not wants_restart(child.spec.restart, crashed=crashed):
+            return True
+        if not allowed:
+            failure = SpineFailed(
+                f"actor {child.spec.id!r} crashed more than {policy.intensity} times in {policy.period_s} s, the last "
+                f"time with {exit_.error!r}: read the crash report, mend the cause and restart the process"
+            )
+            exchange.tracer.fault("spine.failed", exc=failure, actor=child.spec.id)
+            exchange.close(failure)
+            return False
+        self.restarted += 1
+        for name in restarts(policy.strategy, list(self._children), child.spec.id):
+            other = self._children[name]
+            if other is not child and other.task is not None:
+                other.task.cancel()
+                other.generation += 1
+        delay = backoff(
+            len(self._history),
+            first_s=policy.backoff_first_s,
+            most_s=policy.backoff_most_s,
+            jitter=self._ids.uniform(0.0, 0.5),
+        )
+        for name in restarts(policy.strategy, list(self._children), child.spec.id):
+            group.start_soon(self._later, delay, name, name=f"spine.restart.{name}")
+        return True
+
+    async def _later(self, delay: float, name: str) -> None:
+        await self._exchange.clock.sleep_until(self._exchange.clock.monotonic() + delay)
+        await self._tell.send(_TryAgain(name))
+
+    def _crashed(self, child: _Child, error: BaseException) -> ActorCrashed:
+        crash = ActorCrashed(child.spec.id, "-", len(self._history) + 1, f"{type(error).__name__}: {error}")
+        crash.__cause__ = error
+        return crash
+
+    def _report(self, child: _Child, error: BaseException | None) -> None:
+        exchange = self._exchange
+        name = child.spec.id
+        taken = list(exchange.ledger.held_by(name))
+        report = CrashReport(
+            actor=name,
+            error=f"{type(error).__name__}: {error}",
+            restart=len(self._history),
+            intensity=self._policy.intensity,
+            messages=tuple(f"{exchange.tracer.msg_id(e.number)} {type(e.payload).__name__}" for e in taken),
+            state=repr(child.actor),
+            ring=tuple(exchange.mailbox(name).passages()),
+        )
+        del self.crashes[:-15]
+        self.crashes.append(report)
+        facts: dict[str, Any] = {
+            "actor": name,
+            "restart": report.restart,
+            "intensity": report.intensity,
+            "messages": report.messages,
+            "state": report.state,
+            "ring": [f"{p.kind}#{p.number} from {p.sender}" for p in report.ring[-8:]],
+        }
+        exchange.tracer.fault("spine.actor.crashed", exc=error, **facts)
+        child.crash = ActorCrashed(name, "-", report.restart, report.error)
+        answered_later = type(child.actor).resume is not Actor.resume
+        for envelope in taken:
+            if envelope.reply_to is None:
+                exchange.dead_letter(envelope, child.crash)
+            elif answered_later:
+                child.taken.append(envelope)
+            else:
+                envelope.fail(
+                    ActorCrashed(name, str(exchange.tracer.msg_id(envelope.number)), report.restart, report.error)
+                )
+
+    async def _shutdown(self, deadline_s: float) -> None:
+        give_up = time.monotonic() + deadline_s
+        for child in reversed(self._children.values()):
+            if child.task is None:
+                continue
+            began = time.monotonic()
+            allowed = max(0.0, min(child.spec.shutdown_s, give_up - began))
+            end = await self._stop_child(child, allowed)
+            receipt = Receipt(child.spec.id, end, round(time.monotonic() - began, 3))
+            self.receipts.append(receipt)
+            self._exchange.tracer.life("spine.actor.stopped", actor=child.spec.id, end=end, seconds=receipt.seconds)
+            if end == "leaked":
+                self._exchange.tracer.fault("spine.actor.leaked", actor=child.spec.id)
+
+    async def _stop_child(self, child: _Child, allowed_s: float) -> Literal["clean", "forced", "leaked"]:
+        assert child.task is not None
+        # Straight into its mailbox: the router stops before the audit actor does.
+        self._exchange.signal(child.spec.id, Stop(), timeout_s=allowed_s + 1.0, sender="supervisor")
+        done, _ = await asyncio.wait([child.task], timeout=allowed_s)
+        if done:
+            return "clean"
+        child.task.cancel()
+        done, _ = await asyncio.wait([child.task], timeout=KILL_GRACE_S)
+        return "forced" if done else "leaked"

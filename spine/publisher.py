@@ -1,0 +1,46 @@
+"""Where events go after the commit: the publisher protocol, and the default that logs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import structlog
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event of a committed transaction; ``event_id`` is the same at every delivery, so receivers can drop repeats."""
+
+    event_id: str
+    tx_id: str
+    run_id: str
+    tenant_id: str
+    n: int
+    type: str
+    payload: Mapping[str, Any]
+
+
+@runtime_checkable
+class Publisher(Protocol):
+    """Delivers an event; returning means delivered, raising means it is tried again later."""
+
+    async def publish(self, event: Event) -> None:
+        """Deliver one event; called at least once for each, in order within a run."""
+        ...
+
+
+class LogPublisher:
+    """Writes every event to the log as ``spine.event``."""
+
+    async def publish(self, event: Event) -> None:
+        """Log the event."""
+        structlog.stdlib.get_logger("spine").info(
+            "spine.event",
+            event_id=event.event_id,
+            type=event.type,
+            run_id=event.run_id,
+            tenant_id=event.tenant_id,
+            tx_id=event.tx_id,
+        )

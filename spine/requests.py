@@ -1,0 +1,58 @@
+"""Which actor answers which request, and what a caller gets when the spine mailbox could not take it in time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spine.governance.authority import AuthorityDecision
+from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
+from spine.governance.operations import (
+    Execute,
+    OperationResult,
+    Ping,
+    RegistryStatus,
+    StartRun,
+    SwitchGovernance,
+)
+from spine.governance.transactions import CompleteRun, TransactionFailed, TransactionPhase
+from spine.kernel.errors import DeadlineExceeded, Overloaded
+from spine.kernel.messages import Envelope, Request
+
+RECIPIENTS: Mapping[type, str] = {
+    Execute: "registry",
+    StartRun: "registry",
+    SwitchGovernance: "registry",
+    RegistryStatus: "registry",
+    Ping: "registry",
+    CompleteRun: "coordinator",
+    CreatePolicyEvaluation: "coordinator",
+    EmitLesson: "coordinator",
+}
+class Posted:
+    """A request on its way; ``cancel`` keeps it from starting."""
+
+    __slots__ = ("_envelope",)
+
+    def __init__(self, envelope: Envelope | None) -> None:
+        self._envelope = envelope
+
+    def cancel(self) -> None:
+        """Stop waiting: work that has not started will not start, started work ends and is recorded."""
+        if self._envelope is not None:
+            self._envelope.exchange.cancel(self._envelope)
+
+
+def governed(request: Request[Any], error: Overloaded | DeadlineExceeded) -> OperationResult | AuthorityDecision | BaseException:
+    """What the caller gets when the spine mailbox was full or nobody answered in time."""
+    code = "OVERLOADED" if isinstance(error, Overloaded) else "TIMEOUT"
+    match request:
+        case Execute():
+            decision = AuthorityDecision.deny(str(error), code)
+            return OperationResult(False, None, str(error), code, str(request.operation), decision=decision)
+        case StartRun():
+            return AuthorityDecision.deny(str(error), code)
+        case CompleteRun():
+            return TransactionFailed(str(error), TransactionPhase.NOT_STARTED, cause=error, code=code)
+        case _:
+            return error

@@ -1,0 +1,477 @@
+"""Spine: the composition root. It wires kernel, actors and journal together and gives them their public face."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, cast
+
+from pydantic import BaseModel
+
+from spine._install import check_install
+from spine.declarations import Declarations
+from spine.domains import action_of, participants
+from spine.explain.why import Explanation, explain
+from spine.governance.authority import BYPASS_DEFAULT_S, AuthorityDecision, GovernanceMode, GovernanceState
+from spine.governance.contract import promised
+from spine.governance.operations import (
+    Execute,
+    OperationResult,
+    RegistryStatus,
+    StartRun,
+    SwitchGovernance,
+    timeout_problem,
+)
+from spine.governance.transactions import CompleteRun, TransactionResult
+from spine.health import Health
+from spine.kernel.errors import DeadlineExceeded, NotRunning, Overloaded, SpineFailed
+from spine.kernel.exchange import ROUTER, Exchange
+from spine.kernel.ids import Ids
+from spine.kernel.messages import Envelope, Lane, Request
+from spine.kernel.router import Router
+from spine.kernel.supervisor import ChildSpec, Receipt, Supervisor
+from spine.kernel.tracing import Level, Tracer
+from spine.kernel.watchdog import Watchdog
+from spine.publisher import LogPublisher, Publisher
+from spine.requests import RECIPIENTS, Posted, governed
+from spine.settings import Settings
+
+# Somebody else's `actors` must be refused by name before anything of it is imported.
+check_install()
+
+from actors import audit, coordinator, registry  # noqa: E402
+from actors.audit import Audit, Progress  # noqa: E402
+from actors.coordinator import Completions, Coordinator  # noqa: E402
+from actors.dependencies import ANSWER_MARGIN_S, Dependencies  # noqa: E402
+from actors.recorder import Recorder  # noqa: E402
+from actors.registry import Registry  # noqa: E402
+
+T = TypeVar("T")
+
+CALL_S = 30.0
+DEFAULT_URL = "sqlite+aiosqlite:///spine.db"
+# Which Spines run in this process: what compat's shims find when nobody called ``compat.connect``.
+_RUNNING: weakref.WeakSet[Spine] = weakref.WeakSet()
+
+
+def default_url() -> str:
+    """The database when none is named: SPINE_DATABASE_URL, else ./spine.db."""
+    return os.environ.get("SPINE_DATABASE_URL") or DEFAULT_URL
+
+
+class Spine(Declarations):
+    """One runtime authority over one database; bound to the event loop it is started on.
+
+    ``domains`` take part in every run completion, ``publisher`` gets the events after it. Raises
+    ``ConfigurationError`` for a declaration that cannot work.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        domains: Sequence[object] = (),
+        publisher: Publisher | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        super().__init__()
+        self.url = url or default_url()
+        self._participants = participants(domains)
+        self._publisher = publisher or LogPublisher()
+        if not callable(getattr(self._publisher, "publish", None)):
+            raise TypeError(f"publisher {publisher!r} has no publish(event): see spine.publisher.Publisher")
+        self._settings = settings or Settings()
+        self._system: _System | None = None
+        self._phase: Literal["new", "starting", "running", "stopping", "stopped"] = "new"
+        self._pid = 0
+
+    async def status(self) -> dict[str, Any]:
+        """What the registry holds now: each operation's limits and how many calls run and wait."""
+        return await self._ask(RegistryStatus())
+
+    # -- life
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop this Spine runs on."""
+        return None if self._system is None else self._system.exchange.loop
+
+    @property
+    def is_running(self) -> bool:
+        """Whether calls are taken."""
+        return self._phase == "running" and self._pid == os.getpid()
+
+    @property
+    def pid(self) -> int:
+        """The process that started this Spine; 0 before."""
+        return self._pid
+
+    @staticmethod
+    def running() -> Spine | None:
+        """A Spine that runs in this process, if there is one."""
+        return next((spine for spine in list(_RUNNING) if spine.is_running), None)
+
+    async def start(self) -> None:
+        """Open the journal and start the actors; raises ``NotRunning`` when started already, ``JournalError``."""
+        if self._phase in ("starting", "running", "stopping"):
+            raise NotRunning(f"this Spine is {self._phase} already: start it once, or make another one")
+        self._phase, self._pid = "starting", os.getpid()
+        self._freeze()
+        system = _System(self)
+        try:
+            await system.start()
+        except BaseException:
+            self._phase = "stopped"
+            raise
+        self._system = system
+        self._phase = "running"
+        _RUNNING.add(self)
+
+    async def stop(self) -> list[Receipt]:
+        """Refuse new calls, let running ones end, interrupt the rest, stop the actors; gives a receipt for each."""
+        system = self._system
+        if system is None or self._phase != "running":
+            return []
+        self._check_place()
+        self._phase = "stopping"
+        _RUNNING.discard(self)
+        stopping = asyncio.create_task(system.stop(), name="spine.stop")
+        try:
+            return await asyncio.shield(stopping)
+        except asyncio.CancelledError:
+            # A half-stopped Spine would leave its threads and files behind: the stop has its own deadline.
+            await stopping
+            raise
+        finally:
+            self._phase = "stopped"
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object = None) -> AsyncIterator[dict[str, Any]]:
+        """Run with an ASGI application: ``FastAPI(lifespan=spine.lifespan)``."""
+        async with self:
+            yield {"spine": self}
+
+    # -- asking
+
+    async def execute(
+        self,
+        operation: str,
+        *,
+        tenant_id: str,
+        run_id: str | None = None,
+        params: Mapping[str, Any] | BaseModel | None = None,
+        idempotency_key: str | None = None,
+        timeout_s: float = 30,
+        wait: bool = False,
+    ) -> OperationResult:
+        """Run an operation under the authority; every governed ending is a result.
+
+        ``timeout_s`` seconds bound waiting, deciding and handling; ``wait`` lets a full spine mailbox be waited for.
+        Raises ``NotRunning``, ``SpineFailed`` or ``ActorCrashed``.
+        """
+        sent = params.model_dump() if isinstance(params, BaseModel) else params
+        request = Execute(operation, tenant_id, run_id, sent, idempotency_key, timeout_s)
+        try:
+            return await self._ask(request, timeout_s=_bounded(timeout_s), wait=wait)
+        except (Overloaded, DeadlineExceeded) as error:
+            return cast(OperationResult, governed(request, error))
+
+    async def start_run(
+        self,
+        run_id: str,
+        *,
+        tenant_id: str,
+        agent_id: str | None = None,
+        expectations: Sequence[tuple[str, str, float]] = (),
+    ) -> AuthorityDecision:
+        """Begin a run; a denial is returned. ``expectations`` are (domain, action, deadline in seconds)."""
+        return await self._ask(StartRun(run_id, tenant_id, agent_id, tuple(expectations)))
+
+    async def complete_run(
+        self,
+        run_id: str,
+        *,
+        tenant_id: str,
+        run_status: str,
+        agent_id: str | None = None,
+        error_code: str | None = None,
+        error_message: str | None = None,
+        completion_key: str = "",
+    ) -> TransactionResult:
+        """Complete a run, every domain or none; raises ``TransactionFailed`` or ``CompletionConflict``."""
+        request = CompleteRun(
+            run_id=run_id,
+            tenant_id=tenant_id,
+            run_status=run_status,
+            agent_id=agent_id,
+            error_code=error_code,
+            error_message=error_message,
+            completion_key=completion_key,
+        )
+        return await self.ask(request)
+
+    async def ask(self, request: Request[T]) -> T:
+        """Send any of Spine's requests through the spine mailbox; the shims' requests are answered the same way."""
+        try:
+            return await self._ask(request)
+        except (Overloaded, DeadlineExceeded) as error:
+            ended = governed(request, error)
+            if isinstance(ended, BaseException):
+                raise ended from error
+            return cast(T, ended)
+
+    def post(
+        self, request: Request[Any], *, timeout_s: float, on_done: Callable[[Any, BaseException | None], None]
+    ) -> Posted:
+        """Send a request from the loop's thread; ``on_done(value, error)`` is called there exactly once.
+
+        Raises ``NotRunning`` and ``SpineFailed``; every other end is told through ``on_done``.
+        """
+        try:
+            envelope = self._post(request, timeout_s=timeout_s)
+        except Overloaded as error:
+            ended = governed(request, error)
+            failed = isinstance(ended, BaseException)
+            on_done(None if failed else ended, ended if isinstance(ended, BaseException) else None)
+            return Posted(None)
+        assert envelope.reply_to is not None
+
+        def landed(future: asyncio.Future[Any]) -> None:
+            if future.cancelled():
+                on_done(None, asyncio.CancelledError())
+                return
+            error = future.exception()
+            if isinstance(error, (Overloaded, DeadlineExceeded)):
+                ended = governed(request, error)
+                failed = isinstance(ended, BaseException)
+                on_done(None if failed else ended, ended if isinstance(ended, BaseException) else None)
+            elif error is not None:
+                on_done(None, error)
+            else:
+                on_done(future.result(), None)
+
+        envelope.reply_to.add_done_callback(landed)
+        return Posted(envelope)
+
+    async def why(self, run_id: str) -> Explanation:
+        """Why the run ended as it did, from the journal alone; raises ``LookupError`` for a run it does not know."""
+        system = self._use()
+        rows = await system.reader.run_rows(run_id)
+        intact = await system.reader.run_evidence(rows)
+        return explain(rows, now_us=system.clock.time_us(), intact=intact, run_id=run_id)
+
+    def health(self) -> Health:
+        """A snapshot of counters, actors, mailboxes and faults; never waits."""
+        return self._use().health(self._phase)
+
+    async def flush(self) -> None:
+        """Return once everything buffered is durable."""
+        await self._use().dependencies.recorder.flushed()
+
+    @property
+    def trace(self) -> Level:
+        """The level of the message log: off, decisions or messages; may be set while running."""
+        return self._use().exchange.tracer.level
+
+    @trace.setter
+    def trace(self, level: Level) -> None:
+        self._use().exchange.tracer.level = level
+
+    # -- operating
+
+    async def bypass(self, *, reason: str, actor: str, for_s: float = BYPASS_DEFAULT_S) -> GovernanceState:
+        """Let operations run unjudged and tagged for ``for_s`` seconds (at most 4 h); restores itself."""
+        return await self._ask(SwitchGovernance(GovernanceMode.BYPASSED, reason, actor, for_s))
+
+    async def degrade(self, *, reason: str, actor: str) -> GovernanceState:
+        """Refuse new runs; existing ones go on, flagged."""
+        return await self._ask(SwitchGovernance(GovernanceMode.DEGRADED, reason, actor))
+
+    async def halt(self, *, reason: str, actor: str) -> GovernanceState:
+        """Let nothing new run."""
+        return await self._ask(SwitchGovernance(GovernanceMode.HALTED, reason, actor))
+
+    async def restore(self, *, reason: str, actor: str) -> GovernanceState:
+        """Govern normally again; after a bypass the state lists what would have been denied."""
+        return await self._ask(SwitchGovernance(GovernanceMode.ACTIVE, reason, actor))
+
+    # -- inside
+
+    def _check_place(self) -> None:
+        system = self._system
+        if system is not None:
+            if self._pid != os.getpid():
+                raise NotRunning(
+                    f"this Spine was started by process {self._pid} and this is its fork {os.getpid()}: make one here"
+                )
+            if system.exchange.loop is not _loop():
+                raise NotRunning(
+                    "this Spine runs on another event loop: call it there, or from synchronous code through compat"
+                )
+
+    def _use(self) -> _System:
+        if self._phase != "running" or self._system is None:
+            raise NotRunning(f"this Spine is {self._phase}: use it inside `async with spine:` or after `await start()`")
+        self._check_place()
+        return self._system
+
+    def _post(self, request: Request[Any], *, timeout_s: float, reserved: bool = False) -> Envelope:
+        system = self._use()
+        recipient = RECIPIENTS.get(type(request))
+        if recipient is None:
+            raise TypeError(f"{type(request).__name__} is not a request that Spine understands")
+        lane = Lane.CONTROL if isinstance(request, SwitchGovernance) else Lane.INGRESS
+        margin = ANSWER_MARGIN_S if isinstance(request, Execute) else 0.0
+        return system.exchange.post(request, recipient, timeout_s=timeout_s + margin, lane=lane, reserved=reserved)
+
+    async def _ask(self, request: Request[T], *, timeout_s: float = CALL_S, wait: bool = False) -> T:
+        exchange = self._use().exchange
+        if wait:
+            began = exchange.clock.monotonic()
+            await exchange.reserve(timeout_s)
+            if isinstance(request, Execute) and not timeout_problem(request.timeout_s):
+                request.timeout_s = max(1e-3, timeout_s - (exchange.clock.monotonic() - began))
+        return cast(T, await exchange.answer(self._post(request, timeout_s=timeout_s, reserved=wait)))
+
+
+def _bounded(timeout_s: object) -> float:
+    return CALL_S if timeout_problem(timeout_s) else float(cast(float, timeout_s))
+
+
+def _loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+
+
+class _System:
+    """A started Spine from the inside: the exchange, the supervised actors, the journal and the watchdog."""
+
+    def __init__(self, spine: Spine) -> None:
+        # SQLAlchemy costs a quarter of a second to import: only who opens a journal pays for it.
+        from spine.journal.reader import JournalReader
+        from spine.journal.writer import JournalWriter
+
+        settings = spine._settings
+        self._settings = settings
+        self.clock = settings.clock
+        ids = Ids(self.clock, settings.seed)
+        level = settings.trace or cast(Level, os.environ.get("SPINE_TRACE") or "off")
+        exchange = self.exchange = Exchange(self.clock, Tracer(ids.span_id(), level), credits=settings.credits)
+        self.writer, self.reader = JournalWriter(spine.url), JournalReader(spine.url)
+        self.progress = Progress()
+        parts = spine._participants
+        acting = tuple((domain.name, action_of(domain)) for domain in parts)
+        self.watchdog = Watchdog(exchange.loop, exchange.tracer, spine._code_names(), limit_s=settings.blocked_s)
+        self.dependencies = Dependencies(
+            exchange=exchange,
+            ids=ids,
+            source=self.reader,
+            instance=ids.uuid(),
+            operations=dict(spine._operations),
+            rules=spine._rules_by_operation(),
+            promises=lambda declared: promised(acting, declared),
+            calls_most=2 * settings.credits + 64,
+        )
+        self.completions = Completions(
+            self.dependencies, self.reader, parts, spine._publisher, Recorder(exchange, ids, coordinator.NAME)
+        )
+        self.supervisor = Supervisor(
+            exchange,
+            ids,
+            [
+                ChildSpec(audit.NAME, lambda: Audit(exchange, self.writer, self.progress)),
+                ChildSpec(ROUTER, lambda: Router(exchange)),
+                ChildSpec(registry.NAME, lambda: Registry(self.dependencies)),
+                ChildSpec(coordinator.NAME, lambda: Coordinator(self.completions)),
+            ],
+            settings.supervision,
+        )
+        for name in (audit.NAME, registry.NAME, coordinator.NAME):
+            exchange.mailbox(name)
+
+    async def start(self) -> None:
+        """Open the journal, then start the actors in order."""
+        await self.writer.open()
+        try:
+            await self.supervisor.start()
+        except BaseException:
+            await self._close_journal()
+            raise
+        self.watchdog.start()
+
+    async def stop(self) -> list[Receipt]:
+        """Close the ingress, drain, interrupt, stop in reverse, close the journal."""
+        exchange, settings = self.exchange, self._settings
+        give_up = exchange.loop.time() + settings.stop_s
+        if exchange.closed is None:
+            exchange.close(NotRunning("this Spine is stopping: it takes no new calls"))
+        await self._drained(min(settings.drain_s, settings.stop_s / 2))
+        receipts = await self.supervisor.stop(max(1.0, give_up - exchange.loop.time()))
+        for mailbox in exchange.mailboxes.values():
+            exchange.bury(mailbox)
+        for envelope in list(exchange.ledger.open.values()):
+            envelope.fail(NotRunning("this Spine stopped before it answered: the journal tells what was done"))
+        self.watchdog.stop()
+        await self._close_journal()
+        return receipts
+
+    async def _drained(self, seconds: float) -> None:
+        exchange = self.exchange
+        idle = exchange.loop.create_future()
+        exchange.on_idle(idle)
+        if not isinstance(exchange.closed, SpineFailed):
+            await asyncio.wait([idle], timeout=seconds)
+        exchange.on_idle(None)
+
+    async def _close_journal(self) -> None:
+        await self.writer.close()
+        await self.reader.close()
+
+    def health(self, phase: str) -> Health:
+        """A snapshot of everything that counts something."""
+        exchange, deps, supervisor = self.exchange, self.dependencies, self.supervisor
+        messages = exchange.ledger.counts()
+        failed = isinstance(exchange.closed, SpineFailed)
+        error = self.progress.storage_error
+        return Health(
+            ok=not failed and error is None and messages.balanced,
+            status="failed" if failed else phase,
+            governance=deps.switch.state.to_dict(),
+            messages=messages,
+            actors=supervisor.states(),
+            mailboxes={name: len(mailbox) for name, mailbox in exchange.mailboxes.items()},
+            decisions=asdict(deps.counts) | {"interrupted": deps.recovery.interrupted},
+            transactions=dict(self.completions.counts),
+            journal={
+                "available": error is None,
+                "error": error,
+                "last_seq": self.progress.last_seq,
+                "batches": self.progress.batches,
+                "units": self.progress.units,
+                "buffered_rows": deps.recorder.buffered_rows,
+                "buffered_lost": deps.recorder.buffered_lost,
+                "unrecorded": len(deps.recovery.unrecorded),
+            },
+            restarts=supervisor.restarted,
+            crashes=tuple(asdict(crash) for crash in supervisor.crashes),
+            dead_letters=tuple(asdict(letter) for letter in exchange.dead_letters),
+            blocked=tuple(asdict(report) for report in self.watchdog.reports),
+        )

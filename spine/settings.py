@@ -1,0 +1,36 @@
+"""What an embedding program may tune; the defaults suit a service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spine.kernel.clock import Clock, SystemClock
+from spine.kernel.errors import ConfigurationError
+from spine.kernel.supervisor import Policy
+from spine.kernel.tracing import Level
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Limits and ports of one Spine.
+
+    ``credits`` calls are admitted at a time (>= 1). Stopping drains for ``drain_s`` seconds and ends within ``stop_s``.
+    A loop that stands still longer than ``blocked_s`` seconds is reported. ``clock`` and ``seed`` make a Spine
+    repeatable; ``trace`` is the level of the message log, ``None`` for SPINE_TRACE or ``off``.
+    """
+
+    credits: int = 4096
+    drain_s: float = 10.0
+    stop_s: float = 25.0
+    blocked_s: float = 0.5
+    trace: Level | None = None
+    clock: Clock = field(default_factory=SystemClock)
+    seed: int | None = None
+    supervision: Policy = field(default_factory=Policy)
+
+    def __post_init__(self) -> None:
+        if self.credits < 1:
+            raise ConfigurationError(f"settings: credits {self.credits!r} must be at least 1")
+        for name in ("drain_s", "stop_s", "blocked_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"settings: {name} {getattr(self, name)!r} must be a positive number of seconds")

@@ -1,0 +1,136 @@
+"""The runtime audit contract: promises, acknowledgements, verdicts."""
+
+from __future__ import annotations
+
+import pytest
+
+from spine.governance.contract import (
+    FINALIZE,
+    STANDARD,
+    Ack,
+    AckStatus,
+    Due,
+    Expectation,
+    Overall,
+    promised,
+    reconcile,
+)
+
+SECOND = 1_000_000
+OK, FAILED, BACK = AckStatus.SUCCESS, AckStatus.FAILED, AckStatus.ROLLED_BACK
+DUES = tuple(expectation.due(0) for expectation in STANDARD)
+
+
+def told(findings: object) -> list[str]:
+    return [f"{finding.domain}/{finding.action}" for finding in findings]  # type: ignore[attr-defined]
+
+
+def acks(*keys: tuple[str, str], status: AckStatus = OK) -> list[Ack]:
+    return [Ack(domain, action, status, result_id="x", tx_id="t") for domain, action in keys]
+
+
+ALL = acks(*((due.domain, due.action) for due in DUES))
+
+
+def test_the_standard_set() -> None:
+    assert {(e.domain, e.action) for e in STANDARD} == {
+        ("incidents", "create_incident"),
+        ("policies", "evaluate_policy"),
+        ("logs", "start_trace"),
+        ("orchestrator", "finalize_run"),
+    }
+    assert all(e.deadline_s > 0 for e in STANDARD)
+
+
+def test_all_kept_is_complete() -> None:
+    verdict = reconcile(DUES, ALL, now_us=10 * SECOND)
+    assert verdict.overall is Overall.COMPLETE
+    assert verdict.to_dict() == {
+        "overall": "COMPLETE",
+        "missing": [],
+        "drift": [],
+        "failed": [],
+        "stale": [],
+        "pending": [],
+    }
+
+
+def test_time_left_is_pending_not_missing() -> None:
+    verdict = reconcile(DUES, [], now_us=0)
+    assert len(verdict.pending) == 4
+    assert not verdict.missing
+    assert verdict.overall is Overall.INCOMPLETE
+
+
+def test_a_passed_deadline_is_missing() -> None:
+    verdict = reconcile(DUES, [], now_us=61 * SECOND)
+    assert told(verdict.missing) == ["logs/start_trace"]
+
+
+def test_the_deadline_itself_is_in_time() -> None:
+    due = [Due("a", "b", 5 * SECOND)]
+    assert not reconcile(due, [], now_us=5 * SECOND).missing
+    assert reconcile(due, [], now_us=5 * SECOND + 1).missing
+
+
+def test_a_finalised_run_has_nothing_pending() -> None:
+    verdict = reconcile(DUES, [a for a in ALL if a.domain != "policies"], now_us=SECOND)
+    assert told(verdict.missing) == ["policies/evaluate_policy"]
+    assert not verdict.pending
+    assert verdict.overall is Overall.INCOMPLETE
+
+
+def test_a_run_never_finalised_is_stale() -> None:
+    verdict = reconcile(DUES, [a for a in ALL if a.domain != "orchestrator"], now_us=3601 * SECOND)
+    assert told(verdict.stale) == ["/".join(FINALIZE)]
+    assert verdict.overall is Overall.STALE
+
+
+def test_an_unpromised_acknowledgement_is_drift_and_told_apart_from_failure() -> None:
+    verdict = reconcile(DUES, [*ALL, Ack("billing", "charge", OK)], now_us=0)
+    assert told(verdict.drift) == ["billing/charge"]
+    assert verdict.overall is Overall.COMPLETE
+
+
+def test_a_failed_acknowledgement_is_failed_with_its_error() -> None:
+    mixed = [a for a in ALL if a.domain != "incidents"]
+    verdict = reconcile(DUES, [*mixed, Ack("incidents", "create_incident", FAILED, error="disk")], now_us=0)
+    assert [(f.domain, f.error) for f in verdict.failed] == [("incidents", "disk")]
+    assert verdict.overall is Overall.INCOMPLETE
+
+
+def test_a_failure_followed_by_success_is_kept() -> None:
+    again = [Ack("incidents", "create_incident", FAILED, tx_id="t0"), *ALL]
+    assert reconcile(DUES, again, now_us=0).overall is Overall.COMPLETE
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_rollback_takes_back_its_own_success_only(order: int) -> None:
+    other = Ack("incidents", "create_incident", OK, "x2", tx_id="t2")
+    back = Ack("incidents", "create_incident", BACK, "x", tx_id="t")
+    assert reconcile(DUES, [*ALL, other, back][::order], now_us=0).overall is Overall.COMPLETE
+    verdict = reconcile(DUES, [*ALL, back][::order], now_us=0)
+    assert [(f.domain, f.error) for f in verdict.failed] == [("incidents", "rolled back")]
+
+
+def test_no_promises_no_verdict_to_give() -> None:
+    assert reconcile([], [], now_us=0).overall is Overall.COMPLETE
+
+
+def test_a_run_promises_the_standard_set_its_domains_and_the_users_own() -> None:
+    found = promised(
+        [("incidents", "create_incident"), ("billing", "charge")],
+        [Expectation("incidents", "create_incident", 5), Expectation("mail", "sent", 9)],
+    )
+    assert {(e.domain, e.action): e.deadline_s for e in found} == {
+        ("logs", "start_trace"): 60,
+        ("incidents", "create_incident"): 5,
+        ("policies", "evaluate_policy"): 3600,
+        ("orchestrator", "finalize_run"): 3600,
+        ("billing", "charge"): 3600,
+        ("mail", "sent"): 9,
+    }
+
+
+def test_a_deadline_is_counted_from_the_start() -> None:
+    assert Expectation("a", "b", 1.5).due(10 * SECOND) == Due("a", "b", 11_500_000)

@@ -1,0 +1,218 @@
+"""The built-in domains' rows and what a user's own domain must look like."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import uuid
+from uuid import UUID, uuid5
+
+import pytest
+
+from spine.domains import (
+    BUILT_INS,
+    Local,
+    Refused,
+    RunFacts,
+    action_of,
+    class_of,
+    effect_id,
+    lesson_row,
+    outcome_of,
+    participants,
+    policy_evaluation_row,
+)
+from spine.governance.facade import CreatePolicyEvaluation, EmitLesson, RunGovernanceFacade
+from spine.governance.transactions import DomainClass
+from spine.governance.units import Write
+from spine.kernel.errors import ConfigurationError
+
+TX = "01890a5d-ac96-774b-bcce-b302099a8057"
+FACTS = RunFacts(
+    "run-1", "acme", "failed", TX, 1_700_000_000_000_000, agent_id="a7", error_code="E", trace_id="tr", operations=3
+)
+
+
+class Billing:
+    name = "billing"
+    after = ("incidents",)
+
+    def plan(self, run: RunFacts) -> list[Write]:
+        return [Write("INSERT INTO bills VALUES (:id)", {"id": run.effect_id})]
+
+
+class Made:
+    def __init__(self, **attributes: object) -> None:
+        self.__dict__.update(attributes)
+
+
+def rows_of(run: RunFacts) -> dict[str, dict[str, object]]:
+    return {row.table: dict(row.values) for d in BUILT_INS for row in d.rows(run.seen_by(d.name))}
+
+
+def test_every_completion_leaves_an_incident_an_evaluation_and_a_trace() -> None:
+    assert list(rows_of(FACTS)) == ["incidents", "policy_evaluations", "traces"]
+
+
+def test_ids_are_derived_from_transaction_and_domain() -> None:
+    rows = rows_of(FACTS)
+    assert rows["incidents"]["id"] == str(uuid5(UUID(TX), "incidents")) == effect_id(TX, "incidents")
+    assert rows == rows_of(FACTS)
+    assert len({row["id"] for row in rows.values()}) == 3
+
+
+def test_all_rows_have_the_same_columns() -> None:
+    for row in rows_of(FACTS).values():
+        assert sorted(row) == [
+            "created_at",
+            "detail",
+            "id",
+            "is_synthetic",
+            "kind",
+            "run_id",
+            "status",
+            "synthetic_scenario_id",
+            "tenant_id",
+        ]
+        assert row["created_at"] == FACTS.completed_at
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "incident", "severity", "policy"),
+    [
+        ("succeeded", "EXECUTION_SUCCESS", "CLOSED", "NONE", "no_violation"),
+        ("FAILED", "EXECUTION_FAILURE", "OPEN", "ERROR", "violation_incident"),
+        ("halted", "EXECUTION_BLOCKED", "OPEN", "WARNING", "advisory"),
+        ("cancelled", "EXECUTION_ABORTED", "CLOSED", "INFO", "not_applicable"),
+        ("sucseeded", "EXECUTION_UNKNOWN", "OPEN", "WARNING", "not_applicable"),
+    ],
+)
+def test_severity_by_status(status: str, kind: str, incident: str, severity: str, policy: str) -> None:
+    rows = rows_of(RunFacts("r", "t", status, TX, 0))
+    assert (rows["incidents"]["kind"], rows["incidents"]["status"]) == (kind, incident)
+    assert json.loads(str(rows["incidents"]["detail"]))["severity"] == severity
+    assert rows["policy_evaluations"]["status"] == policy
+
+
+def test_the_detail_says_what_was_said() -> None:
+    rows = rows_of(FACTS)
+    assert json.loads(str(rows["incidents"]["detail"])) == {
+        "outcome": "FAILURE",
+        "severity": "ERROR",
+        "run_status": "failed",
+        "agent_id": "a7",
+        "error_code": "E",
+        "error_message": None,
+    }
+    assert json.loads(str(rows["traces"]["detail"]))["trace_id"] == "tr"
+    assert json.loads(str(rows["policy_evaluations"]["detail"]))["operations"] == 3
+
+
+def test_an_unknown_status_is_never_a_success() -> None:
+    assert outcome_of("").name == "UNKNOWN"
+
+
+class TestFacadeRows:
+    source = uuid.UUID(int=7)
+
+    def asked(self, call: str, *arguments: object, **named: object) -> object:
+        return getattr(RunGovernanceFacade(lambda request: request), call)(*arguments, **named)  # type: ignore[arg-type,call-overload]
+
+    def test_an_evaluation(self) -> None:
+        request = self.asked("create_policy_evaluation", "r", "t", "succeeded", 4, True, "s")
+        assert request == CreatePolicyEvaluation("r", "t", "succeeded", 4, True, "s")
+        row = policy_evaluation_row(request, id="p-1", at=5)  # type: ignore[arg-type]
+        assert (row.table, row.id, row.values["status"], row.values["is_synthetic"]) == (
+            "policy_evaluations",
+            "p-1",
+            "no_violation",
+            True,
+        )
+        assert json.loads(row.values["detail"])["policies_checked"] == 4
+
+    def test_a_near_threshold_lesson(self) -> None:
+        request = self.asked("emit_near_threshold_lesson", "t", "budget", 87.5, 100.0, 87.5, self.source)
+        assert isinstance(request, EmitLesson)
+        row = lesson_row(request, id="l-1", at=5)
+        assert (row.table, row.values["kind"], row.values["run_id"]) == ("lessons", "near_threshold", str(self.source))
+        assert json.loads(row.values["detail"]) == {
+            "metric": "budget",
+            "utilization": 87.5,
+            "threshold_value": 100.0,
+            "current_value": 87.5,
+            "window": "24h",
+            "source_event_id": str(self.source),
+        }
+
+    def test_a_critical_success_lesson(self) -> None:
+        request = self.asked(
+            "emit_critical_success_lesson", "t", "cost", {"under": 50.0}, self.source, is_synthetic=True
+        )
+        assert isinstance(request, EmitLesson)
+        row = lesson_row(request, id="l-1", at=5)
+        assert row.values["kind"] == "critical_success"
+        assert json.loads(row.values["detail"])["metrics"] == {"under": 50.0}
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), object(), "\ud800", {"deep": float("nan")}])
+    def test_what_is_not_json_is_refused_not_bent(self, bad: object) -> None:
+        request = EmitLesson("critical_success", "t", "e", {"metrics": {"value": bad}})
+        with pytest.raises(ValueError, match="cannot be recorded as JSON"):
+            lesson_row(request, id="l", at=0)
+
+    def test_nesting_without_end_is_refused(self) -> None:
+        deep: dict[str, object] = {}
+        for _ in range(100_000):
+            deep = {"d": deep}
+        with pytest.raises(ValueError, match="cannot be recorded"):
+            lesson_row(EmitLesson("critical_success", "t", "e", deep), id="l", at=0)
+
+
+class TestParticipants:
+    def test_built_ins_come_with_every_completion(self) -> None:
+        assert [d.name for d in participants([])] == ["incidents", "policies", "traces"]
+        assert [d.name for d in participants([Billing()])] == ["incidents", "policies", "traces", "billing"]
+
+    def test_a_users_domain_may_be_waited_for(self) -> None:
+        first = Made(name="first", after=(), plan=lambda run: [])
+        second = Made(name="second", after=("first", "traces"), plan=lambda run: [])
+        assert [d.name for d in participants([second, first])][-2:] == ["first", "second"]
+
+    def test_actions(self) -> None:
+        assert [action_of(d) for d in participants([Billing()])] == [
+            "create_incident",
+            "evaluate_policy",
+            "complete_trace",
+            "complete_run",
+        ]
+
+    def test_a_class_with_plan_is_local(self) -> None:
+        assert isinstance(Billing(), Local)
+        assert class_of(Billing()) is DomainClass.LOCAL
+
+    @pytest.mark.parametrize(
+        ("domain", "told"),
+        [
+            (Made(name="x", after=()), "domain 'x' .Made. cannot take part in a completion: it has no plan"),
+            (Made(name="x", after=(), plan=5), "domain 'x'"),
+            (Made(name="", after=(), plan=print), "has no name"),
+            (Made(after=(), plan=print), "has no name"),
+            (Made(name="x", plan=print), "domain 'x': `after` must be a tuple"),
+            (Made(name="x", after="incidents", plan=print), "domain 'x': `after` must be a tuple"),
+            (Billing, "domain 'billing' is the class Billing: pass an instance"),
+            (Made(name="incidents", after=(), plan=print), "'incidents' is declared twice"),
+            (Made(name="x", after=("nobody",), plan=print), "'nobody'"),
+            (object(), "has no name"),
+        ],
+    )
+    def test_what_cannot_take_part_is_named(self, domain: object, told: str) -> None:
+        with pytest.raises(ConfigurationError, match=told):
+            participants([domain])
+
+
+def test_a_refusal_keeps_code_and_reason_through_pickling() -> None:
+    refused = pickle.loads(pickle.dumps(Refused("NO_FUNDS", "account is empty")))
+    assert (refused.code, refused.reason, str(refused)) == (
+        "NO_FUNDS",
+        "account is empty",
+        "NO_FUNDS: account is empty",
+    )

@@ -1,0 +1,331 @@
+"""What ``why`` says of every kind of ending, from rows alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from spine.explain import EXIT_EVIDENCE_BROKEN, Explanation, explain, verdict
+from tests.unit.explain_rows import Journal
+
+
+def explained(journal: Journal, *, intact: bool | None = True, now_us: int = 10_000_000) -> Explanation:
+    return explain(journal.rows, now_us=now_us, intact=intact)
+
+
+def test_a_succeeded_run_names_its_commit_as_cause() -> None:
+    journal = Journal()
+    journal.start()
+    journal.decide("d1")
+    journal.end("d1")
+    committed = journal.complete()
+    why = explained(journal)
+    assert (why.verdict, why.exit_code, why.cause.seq) == ("succeeded", 0, committed.seq)
+    assert why.cause.code == "SUCCEEDED"
+    assert why.next == "Nothing to do."
+
+
+def test_the_json_shape_is_the_published_one() -> None:
+    journal = Journal()
+    journal.start()
+    journal.decide(
+        "d1",
+        rules=[
+            {"id": "limit", "version": "3", "mode": "enforce", "outcome": "allow", "determined": True, "reason": "x"}
+        ],
+        missing_inputs=["amount"],
+    )
+    journal.end("d1")
+    journal.complete()
+    journal.add("event", event_id="e1", tx_id="t1", n=0, type="run.completed", payload={})
+    found = explained(journal).to_dict()
+    assert list(found) == [
+        "run_id", "tenant_id", "verdict", "cause", "decisions", "transaction", "contract", "events", "evidence", "next",
+    ]  # fmt: skip
+    assert set(found["cause"]) == {"code", "text", "seq"}
+    assert found["decisions"] == [
+        {
+            "seq": 2,
+            "operation": "refunds.issue",
+            "allowed": True,
+            "degraded": False,
+            "code": "ALLOWED",
+            "reason": "ok",
+            "rules": [{"id": "limit", "version": "3", "mode": "enforce", "outcome": "allow", "determined": True}],
+            "missing_inputs": ["amount"],
+            "outcome": {"success": True, "error_code": None, "queue_ms": 1.5, "handle_ms": 2.5},
+        }
+    ]
+    assert found["transaction"] == {
+        "state": "COMMITTED",
+        "phase": "COMMITTED",
+        "domains": [
+            {"name": "incidents", "class": "LOCAL", "state": "DONE", "result_id": "i1", "error": None},
+            {"name": "ledger", "class": "LOCAL", "state": "DONE", "result_id": None, "error": None},
+        ],
+    }
+    assert found["contract"] is None
+    assert found["events"] == [{"event_id": "e1", "type": "run.completed", "published": False}]
+    assert found["evidence"] == {"stream": "main", "first": 1, "last": 8, "intact": True}
+    json.dumps(found)
+
+
+def test_a_run_with_only_a_refused_start_is_denied() -> None:
+    journal = Journal()
+    row = journal.refuse_start()
+    why = explained(journal)
+    assert (why.verdict, why.exit_code) == ("denied", 3)
+    assert why.cause.to_dict() == {
+        "code": "DEGRADED_NEW_RUN",
+        "text": "run.start was denied: the authority is degraded",
+        "seq": row.seq,
+    }
+    assert [decision.operation for decision in why.decisions] == ["run.start"]
+    assert "spine restore" in why.next
+
+
+def test_a_refused_start_is_forgotten_once_the_run_started() -> None:
+    journal = Journal()
+    journal.refuse_start()
+    journal.start()
+    journal.complete("failed", error_code="TASK_NOT_SOLVED", error_message="goal missed")
+    why = explained(journal)
+    assert (why.verdict, why.cause.code) == ("failed", "TASK_NOT_SOLVED")
+    assert why.decisions == []
+
+
+def test_a_failed_run_with_a_denial_is_denied_and_names_the_rule() -> None:
+    journal = Journal()
+    journal.start()
+    rules = [
+        {"id": "other", "version": "1", "mode": "enforce", "outcome": "allow", "determined": False},
+        {"id": "small_refunds_only", "version": "2", "mode": "enforce", "outcome": "deny", "determined": True,
+         "reason": "over the limit"},
+    ]  # fmt: skip
+    denial = journal.decide(
+        "d1", allowed=False, code="REFUND_LIMIT", reason="refund over 100.00 needs a person", rules=rules
+    )
+    journal.complete("failed", error_code="TASK_NOT_SOLVED")
+    why = explained(journal)
+    assert (why.verdict, why.cause.seq, why.cause.code) == ("denied", denial.seq, "REFUND_LIMIT")
+    assert why.cause.text == "refunds.issue was denied: refund over 100.00 needs a person"
+    assert "small_refunds_only (version 2)" in why.next
+    assert "rule small_refunds_only version 2 enforce -> deny: over the limit" in str(why)
+    assert "rule other" not in str(why)
+
+
+def test_a_denial_does_not_make_a_succeeded_run_denied() -> None:
+    journal = Journal()
+    journal.start()
+    journal.decide("d1", allowed=False)
+    journal.complete()
+    assert explained(journal).verdict == "succeeded"
+
+
+def test_of_several_denials_the_one_that_the_run_reported_is_the_cause() -> None:
+    journal = Journal()
+    journal.start()
+    journal.decide("d1", allowed=False, code="REFUND_LIMIT", reason="too much")
+    journal.decide("d2", "mail.send", allowed=False, code="NO_MAIL", reason="closed")
+    journal.complete("failed", error_code="REFUND_LIMIT")
+    assert explained(journal).cause.code == "REFUND_LIMIT"
+    other = Journal(rows=journal.rows[:3])
+    assert explained(other).cause.code == "NO_MAIL"
+
+
+def test_a_failed_run_cites_what_its_caller_reported() -> None:
+    journal = Journal()
+    journal.start()
+    journal.complete("failed", error_code="TASK_NOT_SOLVED", error_message="goal missed")
+    why = explained(journal)
+    assert (why.verdict, why.exit_code) == ("failed", 4)
+    assert why.cause.to_dict() == {
+        "code": "TASK_NOT_SOLVED",
+        "text": "the caller reported the run as failed: goal missed",
+        "seq": 2,
+    }
+
+
+def test_a_failed_run_without_a_reported_error_cites_its_last_failed_operation() -> None:
+    journal = Journal()
+    journal.start()
+    journal.decide("d1")
+    end = journal.end(
+        "d1", success=False, error_code="HANDLER_EXCEPTION:KeyError", error="'x'", operation="refunds.issue"
+    )
+    journal.complete("failed")
+    why = explained(journal)
+    assert (why.cause.code, why.cause.seq) == ("HANDLER_EXCEPTION:KeyError", end.seq)
+    assert why.cause.text == "refunds.issue failed: 'x'"
+    assert "handler" in why.next
+
+
+def test_a_failed_run_of_which_nothing_is_known_says_unknown() -> None:
+    journal = Journal()
+    journal.start()
+    journal.complete("failed")
+    why = explained(journal)
+    assert why.cause.code == "unknown"
+    assert "reason unknown" in why.cause.text
+
+
+def test_a_rolled_back_completion_names_the_domain_and_its_reason() -> None:
+    journal = Journal()
+    journal.start()
+    journal.begin()
+    journal.step(1, "ledger", "REFUSED", code="NO_FUNDS", error="empty")
+    aborted = journal.abort()
+    why = explained(journal)
+    assert (why.verdict, why.exit_code) == ("rolled_back", 4)
+    assert why.cause.to_dict() == {
+        "code": "NO_FUNDS",
+        "text": "the completion was rolled back: domain ledger: empty",
+        "seq": aborted.seq,
+    }
+    assert why.transaction is not None
+    assert [domain["state"] for domain in why.transaction["domains"]] == ["PLANNED", "REFUSED"]
+    assert "ledger" in why.next
+
+
+def test_a_later_attempt_speaks_for_the_run() -> None:
+    journal = Journal()
+    journal.start()
+    journal.begin()
+    journal.abort()
+    journal.complete(tx_id="t2", attempt=2)
+    why = explained(journal)
+    assert why.verdict == "succeeded"
+    assert "2 attempts" in str(why)
+
+
+def test_a_parked_rollback_comes_before_everything() -> None:
+    journal = Journal()
+    journal.start()
+    journal.decide("d1", allowed=False)
+    journal.begin()
+    parked = journal.step(1, "ledger", "PARKED", code="UNREACHABLE", error="no route")
+    journal.abort(state="PARKED")
+    why = explained(journal)
+    assert (why.verdict, why.exit_code, why.cause.code, why.cause.seq) == ("parked", 4, "UNREACHABLE", parked.seq)
+
+
+def test_an_open_run_is_pending() -> None:
+    journal = Journal()
+    journal.start()
+    why = explained(journal)
+    assert (why.verdict, why.exit_code, why.cause.code) == ("pending", 5, "NOT_COMPLETED")
+    journal.decide("d1")
+    why = explained(journal)
+    assert (why.verdict, why.cause.code) == ("pending", "OPERATION_OPEN")
+    assert why.decisions[0].outcome is None
+    assert "no outcome recorded" in str(why)
+    journal.begin()
+    assert explained(journal).cause.code == "EXECUTING"
+
+
+def test_broken_evidence_decides_the_exit_code_and_the_advice() -> None:
+    journal = Journal()
+    journal.start()
+    journal.complete()
+    why = explained(journal, intact=False)
+    assert (why.verdict, why.exit_code) == ("succeeded", EXIT_EVIDENCE_BROKEN)
+    assert "spine verify" in why.next
+    assert "BROKEN" in str(why)
+
+
+def test_the_text_has_verdict_and_cause_in_its_first_two_lines() -> None:
+    journal = Journal()
+    journal.start()
+    journal.decide("d1", allowed=False, code="REFUND_LIMIT", reason="too much")
+    first, second, *rest = str(explained(journal)).splitlines()
+    assert first == "run run-1 denied"
+    assert second == "cause: REFUND_LIMIT: refunds.issue was denied: too much (journal #2)"
+    assert rest[-1].startswith("next: ")
+
+
+def test_bypassed_and_failed_open_decisions_say_so() -> None:
+    journal = Journal()
+    journal.start()
+    journal.decide("d1", degraded=True, effect="bypassed", would_have={"code": "REFUND_LIMIT", "reason": "too much"})
+    journal.end("d1")
+    journal.decide("d2", degraded=True, effect="failed_open")
+    journal.end("d2")
+    text = str(explained(journal))
+    assert "allowed, degraded (bypassed)" in text
+    assert "would have been denied: REFUND_LIMIT: too much" in text
+    assert "(failed open)" in text
+    assert explained(journal).verdict == "pending"
+
+
+@pytest.mark.parametrize(
+    "evil", ["a\nverdict: fine", "\x1b[2Jgone", "\u202egnp.exe", "x\r", "\u2028", "\ud800", "\x85", "\u200b"]
+)
+def test_recorded_text_cannot_forge_lines_or_move_the_cursor(evil: str) -> None:
+    journal = Journal(run_id="r" + evil, tenant_id=evil)
+    journal.start(agent_id=evil)
+    rules = [{"id": evil, "version": evil, "mode": evil, "outcome": evil, "determined": True, "reason": evil}]
+    journal.decide("d1", evil, allowed=False, code=evil, reason=evil, rules=rules, missing_inputs=[evil])
+    journal.decide("d2", evil)
+    journal.end("d2", success=False, error_code=evil, error=evil)
+    journal.begin(run_status=evil)
+    journal.step(1, evil, evil, error=evil, result_id=evil)
+    clean = Journal(run_id="r", tenant_id="t")
+    clean.start()
+    clean.decide("d1", allowed=False, rules=[{"id": "x", "determined": True}], missing_inputs=["m"])
+    clean.decide("d2")
+    clean.end("d2", success=False)
+    clean.begin()
+    clean.step(1, "x", "DONE")
+    text = str(explained(journal))
+    assert len(text.splitlines()) == len(str(explained(clean)).splitlines())
+    assert all(char == "\n" or char.isprintable() for char in text)
+    text.encode()
+
+
+def test_long_reasons_are_cut_in_the_text_and_whole_in_json() -> None:
+    journal = Journal()
+    journal.start()
+    journal.decide("d1", allowed=False, reason="x" * 10_000)
+    why = explained(journal)
+    assert len(str(why)) < 5_000
+    assert why.to_dict()["decisions"][0]["reason"] == "x" * 10_000
+
+
+def test_no_rows_is_a_lookup_error() -> None:
+    with pytest.raises(LookupError, match="no journal rows"):
+        explain([], now_us=0)
+
+
+def test_the_contract_is_reconciled_with_the_acknowledgements() -> None:
+    journal = Journal()
+    promises = [{"domain": name, "action": "do", "deadline_s": 5} for name in ("met", "failed", "open", "overdue")]
+    promises[3]["deadline_s"] = 0
+    start = journal.start(expectations=promises)
+    journal.add("ack", domain="met", action="do", status="SUCCESS")
+    journal.add("ack", domain="failed", action="do", status="FAILED", error="no")
+    journal.add("ack", domain="nobody", action="asked", status="SUCCESS")
+    found = explained(journal, now_us=start.body["at"] + 1_000_000).contract
+    assert found is not None
+    statuses = {promise["domain"]: promise["status"] for promise in found["expectations"]}
+    assert statuses == {"met": "met", "failed": "failed", "open": "pending", "overdue": "missing", "nobody": "drift"}
+    assert found["overall"] == "INCOMPLETE"
+    assert found["expectations"][0]["deadline_at"] == start.body["at"] + 5_000_000
+    assert "overdue/do missing" in str(explained(journal))
+
+
+def test_a_kept_contract_is_complete() -> None:
+    journal = Journal()
+    journal.start(expectations=[{"domain": "ledger", "action": "book", "deadline_s": 60}])
+    assert explained(journal, now_us=journal.at).contract["overall"] == "INCOMPLETE"  # type: ignore[index]
+    journal.add("ack", domain="ledger", action="book", status="SUCCESS")
+    assert explained(journal, now_us=journal.at).contract["overall"] == "COMPLETE"  # type: ignore[index]
+
+
+def test_verdict_alone_is_the_verdict_of_the_explanation() -> None:
+    journal = Journal()
+    journal.start()
+    journal.begin()
+    journal.abort()
+    assert verdict(journal.rows) == explained(journal).verdict == "rolled_back"
+    assert verdict([]) == "pending"
