@@ -118,14 +118,10 @@ class Audit(Actor):
                 await self.mailbox.wait()
 
     async def _commit(self, batch: list[Envelope]) -> None:
-        tracer = self.exchange.tracer
-        began = self.exchange.clock.monotonic()
-        if tracer.messages:
+        if self.exchange.tracer.messages:
+            began = self.exchange.clock.monotonic()
             for envelope in batch:
-                queue_ms = round((began - envelope.enqueued) * 1e3, 3)
-                tracer.message(
-                    "spine.message.received", envelope, self.name, queue_ms=queue_ms, mailbox_depth=len(self.mailbox)
-                )
+                self.traced(envelope, began)
         outcomes = await self._writer.commit([envelope.payload.unit for envelope in batch])
         progress = self._progress
         progress.batches += 1
@@ -140,12 +136,6 @@ class Audit(Actor):
                 self.exchange.handled(envelope)
             else:
                 envelope.reply(outcome)
-        if tracer.messages:
-            handle_ms = round((self.exchange.clock.monotonic() - began) * 1e3, 3)
-            for envelope, outcome in zip(batch, outcomes, strict=True):
-                tracer.message(
-                    "spine.message.handled", envelope, self.name, handle_ms=handle_ms, outcome=type(outcome).__name__
-                )
 
     def _storage(self, failed: StorageFailed | None) -> None:
         error = None if failed is None else failed.error

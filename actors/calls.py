@@ -51,7 +51,9 @@ class Call:
         "verdict",
     )
 
-    def __init__(self, envelope: Envelope, request: Execute, operation: Operation | None, name: str, now: float) -> None:
+    def __init__(
+        self, envelope: Envelope, request: Execute, operation: Operation | None, name: str, now: float
+    ) -> None:
         limit = request.timeout_s if operation is None else min(operation.timeout_s, request.timeout_s)
         self.envelope = envelope
         self.request = request
@@ -79,6 +81,12 @@ class Call:
         self.preset = False
         self.told: str | None = None
         self.on_stuck: Callable[[Call], None] | None = None
+
+    def let_go(self) -> None:
+        """Drop what refers back to the call, so that it is freed at once and not by the garbage collector."""
+        self.task = None
+        self.ctx = None
+        self.on_stuck = None
 
     @property
     def nested(self) -> bool:
@@ -155,7 +163,9 @@ def _cancelled(call: Call) -> OperationResult:
                 "TIMEOUT",
             )
         case None if not asked:
-            return OperationResult.fail(f"the handler of {call.name!r} raised CancelledError", "HANDLER_EXCEPTION:CancelledError")
+            return OperationResult.fail(
+                f"the handler of {call.name!r} raised CancelledError", "HANDLER_EXCEPTION:CancelledError"
+            )
         case _:
             return OperationResult.fail(
                 f"operation {call.name!r} was cancelled because the Spine stopped or its registry restarted: what it did "

@@ -103,7 +103,9 @@ def _ask(step: Step, facts: RunFacts) -> None:
     writes = tuple(domain.plan(facts))
     for write in writes:
         if not isinstance(write, Write):
-            raise TypeError(f"domain {domain.name!r} planned {type(write).__name__}: plan(run) must return Write objects")
+            raise TypeError(
+                f"domain {domain.name!r} planned {type(write).__name__}: plan(run) must return Write objects"
+            )
     step.writes = writes
 
 

@@ -78,7 +78,9 @@ class Conduct:
         assert call.verdict is not None
         decision = call.verdict.decision
         if not decision.allowed:
-            return self.result(call, OperationResult(False, None, call.told or decision.reason, decision.code), committed)
+            return self.result(
+                call, OperationResult(False, None, call.told or decision.reason, decision.code), committed
+            )
         overdue = self._overdue(call)
         began = self._now()
         if overdue is not None:
@@ -140,9 +142,7 @@ class Conduct:
             if self._now() >= call.deadline + ANSWER_MARGIN_S:
                 return self._unavailable(call, "the governance state kept changing while the decision was recorded")
 
-    async def _decide_once(
-        self, call: Call, refusal: AuthorityDecision | None, starts: bool
-    ) -> CommitOutcome | None:
+    async def _decide_once(self, call: Call, refusal: AuthorityDecision | None, starts: bool) -> CommitOutcome | None:
         call.preset = refusal is not None
         if refusal is not None:
             # A refused call owns no key: it must not answer for the call that does, or for the next try.
@@ -212,7 +212,9 @@ class Conduct:
             return self.result(call, result, outcome is not None)
         detail = outcome.error if isinstance(outcome, StorageFailed) else repr(outcome)
         at, instance = self._deps.exchange.clock.time_us(), self._deps.instance
-        self._deps.recovery.remember(records.outcome_record(call, result, at=at, instance=instance, handle_us=handle_us))
+        self._deps.recovery.remember(
+            records.outcome_record(call, result, at=at, instance=instance, handle_us=handle_us)
+        )
         ended = "succeeded" if result.success else f"failed with {result.error_code}"
         error = (
             f"operation {call.name!r} ran and {ended}, but its outcome is not recorded: {detail}; it is recorded when the "

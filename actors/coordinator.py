@@ -39,7 +39,7 @@ from spine.kernel.actor import Actor
 from spine.kernel.errors import ActorCrashed, JournalError, Overloaded, SpineError
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
-from spine.publisher import Publisher
+from spine.publisher import Event, Publisher
 
 NAME = "coordinator"
 STOP_S = 4.0
@@ -146,7 +146,9 @@ class Coordinator(Actor):
                 envelope.fail(error)
             except Exception as error:
                 envelope.fail(
-                    ActorCrashed(NAME, str(self.exchange.tracer.msg_id(envelope.number)), 0, f"{type(error).__name__}: {error}")
+                    ActorCrashed(
+                        NAME, str(self.exchange.tracer.msg_id(envelope.number)), 0, f"{type(error).__name__}: {error}"
+                    )
                 )
                 raise
 
@@ -303,7 +305,9 @@ class Coordinator(Actor):
         number = int(outcome.guard.removeprefix("write ").partition(":")[0])
         for step in plan.steps:
             if number < len(step.writes):
-                error = f"its write changed {outcome.found} rows where {outcome.required} are required ({outcome.guard})"
+                error = (
+                    f"its write changed {outcome.found} rows where {outcome.required} are required ({outcome.guard})"
+                )
                 step.state = StepState.INTENT
                 completion.fail(plan, step, StepState.REFUSED, "WRITE_GUARD", error, None)
                 return
@@ -333,7 +337,7 @@ class Coordinator(Actor):
             code="JOURNAL_UNAVAILABLE",
         )
 
-    async def _publish(self, result: TransactionResult, events: Sequence[completion.Event]) -> TransactionResult:
+    async def _publish(self, result: TransactionResult, events: Sequence[Event]) -> TransactionResult:
         if not events:
             return result
         first_try = self._outbox.deliver(events)
@@ -431,7 +435,9 @@ class Coordinator(Actor):
         self.exchange.tracer.fault("spine.report.failed", exc=error, domain=domain, action=action, run_id=run_id)
         if id_problem("tenant_id", tenant_id):
             tenant_id = None
-        own = run_id is not None and id_problem("run_id", run_id) is None and self._deps.runs.cached(run_id) == tenant_id
+        own = (
+            run_id is not None and id_problem("run_id", run_id) is None and self._deps.runs.cached(run_id) == tenant_id
+        )
         now = self.exchange.clock.time_us()
         fields = {
             "run_id": run_id if own else None,

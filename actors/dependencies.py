@@ -14,6 +14,7 @@ from actors.switch import GovernanceSource, Switch
 from spine.governance.authority import Rule, Verdict
 from spine.governance.contract import Expectation
 from spine.governance.operations import Operation
+from spine.governance.units import CommitOutcome, Record
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 
@@ -74,7 +75,11 @@ class Dependencies:
     def __post_init__(self) -> None:
         exchange = self.exchange
         self.switch = Switch(self.source, exchange.clock, exchange.tracer)
-        self.recorder = Recorder(exchange, self.ids, "registry")
+        self.recorder = Recorder(exchange, self.ids, "registry", self._lost)
         self.recovery = Recovery(exchange, self.recorder, self.source, self.instance)
         self.runs = KnownRuns(self.source)
         self.recall = Recall(self.source, exchange.clock)
+
+    def _lost(self, record: Record, _: CommitOutcome) -> None:
+        if record.kind == "outcome":
+            self.recovery.remember(record)

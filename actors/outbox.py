@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import anyio
 
 from actors.recorder import Recorder
-from spine.governance.units import Record
+from spine.governance.units import Committed, Record
 from spine.kernel.errors import JournalError, Overloaded
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
@@ -49,7 +49,15 @@ class _Line:
 class Outbox:
     """One line a run, one task a line, at most ``DELIVERIES`` deliveries at a time."""
 
-    def __init__(self, exchange: Exchange, ids: Ids, recorder: Recorder, source: PendingEvents, publisher: Publisher, tasks: Tasks) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        ids: Ids,
+        recorder: Recorder,
+        source: PendingEvents,
+        publisher: Publisher,
+        tasks: Tasks,
+    ) -> None:
         self._exchange = exchange
         self._ids = ids
         self._recorder = recorder
@@ -152,9 +160,10 @@ class Outbox:
                 "attempts": attempt,
             },
         )
-        self._recorder.buffer([done], run_id=first.run_id, parent=None)
+        # Who is told that its events are published finds that in the journal.
+        recorded = await self._recorder.commit([done], run_id=first.run_id)
         if not delivery.first_try.done():
-            delivery.first_try.set_result(True)
+            delivery.first_try.set_result(isinstance(recorded, Committed))
 
     async def _publish(self, event: Event) -> Exception | None:
         try:

@@ -66,7 +66,8 @@ class Recall:
                 await asyncio.wait([ended], timeout=max(0.0, call.deadline - self._clock.monotonic()))
                 if not ended.done():
                     return AuthorityDecision.deny(
-                        f"the first call of key {call.key!r} did not end within this call's deadline: ask again", "TIMEOUT"
+                        f"the first call of key {call.key!r} did not end within this call's deadline: ask again",
+                        "TIMEOUT",
                     )
                 if (result := ended.result()) is not None:
                     return replace(result, metadata={**result.metadata, "repeated": True})
@@ -98,7 +99,9 @@ class Recall:
                 return _conflict(call)
             match row.state:
                 case "done" if row.seq_outcome is not None:
-                    return _repeat(call, await self._source.body_at(row.seq_decision), await self._source.body_at(row.seq_outcome))
+                    return _repeat(
+                        call, await self._source.body_at(row.seq_decision), await self._source.body_at(row.seq_outcome)
+                    )
                 case "denied":
                     return _repeat(call, await self._source.body_at(row.seq_decision), None)
                 case "interrupted" if call.operation.idempotent:

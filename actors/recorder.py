@@ -6,25 +6,33 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from actors.audit import COMMIT_S, NAME, Append
-from spine.governance.units import CommitOutcome, Committed, Record, StorageFailed, Unit, Write
+from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, StorageFailed, Unit, Write
 from spine.kernel.errors import SpineError
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope
 
-# Of what is buffered, at most this many rows may be lost with the process.
+# Of what is buffered, at most this many rows may be lost with the process ...
 BUFFERED_ROWS = 1000
+# ... and at most this long: a buffer is sent when it holds so many rows or is so old (seconds).
+BUFFER_ROWS = 200
+BUFFER_S = 0.01
+
+OnLost = Callable[[Record, CommitOutcome], None]
 
 
 class Recorder:
-    """Sends units for one actor and counts what is buffered but not yet durable."""
+    """Sends units for one actor; gathers what is buffered into one unit, and counts what is not yet durable."""
 
-    def __init__(self, exchange: Exchange, ids: Ids, sender: str) -> None:
+    def __init__(self, exchange: Exchange, ids: Ids, sender: str, on_lost: OnLost | None = None) -> None:
         self._exchange = exchange
         self._ids = ids
         self._sender = sender
+        self._on_lost = on_lost
         self._idle = asyncio.Event()
         self._idle.set()
+        self._pending: list[Record] = []
+        self._timer: asyncio.TimerHandle | None = None
         self.buffered_rows = 0
         self.buffered_lost = 0
 
@@ -36,14 +44,17 @@ class Recorder:
         writes: Sequence[Write] = (),
         run_id: str | None = None,
         parent: Envelope | None = None,
+        unit_id: str = "",
     ) -> CommitOutcome:
         """Have the records and writes committed together; any failure to learn the end is ``StorageFailed``."""
-        unit = Unit(self._ids.uuid(), records, writes, epoch)
+        if self._pending:
+            # What was recorded earlier stands earlier in the journal.
+            self._send()
+        unit = Unit(unit_id or self._ids.uuid(), records, writes, epoch)
         exchange = self._exchange
         try:
-            outcome: CommitOutcome = await exchange.answer(
-                exchange.post(Append(unit, run_id), NAME, timeout_s=COMMIT_S, sender=self._sender, parent=parent)
-            )
+            envelope = exchange.post(Append(unit, run_id), NAME, timeout_s=COMMIT_S, sender=self._sender, parent=parent)
+            outcome: CommitOutcome = await exchange.answer(envelope)
         except SpineError as error:
             return StorageFailed(str(error), unknown=True)
         return outcome
@@ -53,38 +64,64 @@ class Recorder:
         """Whether so much is buffered that the next unit must wait for its commit."""
         return self.buffered_rows >= BUFFERED_ROWS
 
-    def buffer(
-        self,
-        records: Sequence[Record],
-        *,
-        run_id: str | None,
-        parent: Envelope | None,
-        on_lost: Callable[[CommitOutcome], None] | None = None,
-    ) -> None:
-        """Have the records committed without waiting; raises ``SpineError`` when even that is not taken."""
-        unit = Unit(self._ids.uuid(), records)
-        envelope = self._exchange.post(
-            Append(unit, run_id), NAME, timeout_s=COMMIT_S, sender=self._sender, parent=parent
-        )
-        assert envelope.reply_to is not None
-        rows = len(records)
-        self.buffered_rows += rows
-        self._idle.clear()
-
-        def landed(future: asyncio.Future[CommitOutcome]) -> None:
-            self.buffered_rows -= rows
-            if self.buffered_rows == 0:
-                self._idle.set()
-            error = None if future.cancelled() else future.exception()
-            outcome = StorageFailed(str(error), unknown=True) if error else future.result()
-            if not isinstance(outcome, Committed):
-                self.buffered_lost += rows
-                self._exchange.tracer.fault("spine.journal.buffered_lost", rows=rows, run_id=run_id, outcome=repr(outcome))
-                if on_lost is not None:
-                    on_lost(outcome)
-
-        envelope.reply_to.add_done_callback(landed)
+    def buffer(self, record: Record) -> None:
+        """Have the record committed soon, without waiting; what is lost is told to ``on_lost``."""
+        pending = self._pending
+        pending.append(record)
+        self.buffered_rows += 1
+        if len(pending) >= BUFFER_ROWS:
+            self._send()
+        elif self._timer is None:
+            self._idle.clear()
+            self._timer = self._exchange.loop.call_later(BUFFER_S, self._send)
 
     async def flushed(self) -> None:
         """Return once nothing is buffered any more."""
+        if self._pending:
+            self._send()
         await self._idle.wait()
+
+    def _send(self) -> None:
+        records, self._pending = self._pending, []
+        self._idle.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if records:
+            self._send_unit(records)
+
+    def _send_unit(self, records: list[Record]) -> None:
+        unit = Unit(self._ids.uuid(), records)
+        try:
+            envelope = self._exchange.post(Append(unit), NAME, timeout_s=COMMIT_S, sender=self._sender)
+        except SpineError as error:
+            self._lost(records, StorageFailed(str(error)))
+            return
+        assert envelope.reply_to is not None
+
+        def landed(future: asyncio.Future[CommitOutcome]) -> None:
+            error = None if future.cancelled() else future.exception()
+            outcome = StorageFailed(str(error), unknown=True) if error or future.cancelled() else future.result()
+            if isinstance(outcome, Committed):
+                self._settle(len(records))
+            elif isinstance(outcome, GuardFailed) and len(records) > 1:
+                # One bad row must not take its neighbours with it.
+                for record in records:
+                    self._send_unit([record])
+            else:
+                self._lost(records, outcome)
+
+        envelope.reply_to.add_done_callback(landed)
+
+    def _lost(self, records: list[Record], outcome: CommitOutcome) -> None:
+        self.buffered_lost += len(records)
+        self._exchange.tracer.fault("spine.journal.buffered_lost", rows=len(records), outcome=repr(outcome))
+        if self._on_lost is not None:
+            for record in records:
+                self._on_lost(record, outcome)
+        self._settle(len(records))
+
+    def _settle(self, rows: int) -> None:
+        self.buffered_rows -= rows
+        if self.buffered_rows == 0:
+            self._idle.set()

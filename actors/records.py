@@ -8,24 +8,23 @@ from typing import Any
 import orjson
 
 from actors.calls import Call
-from spine.governance.authority import AuthorityDecision, GovernanceState, Verdict, flat
+from spine.governance.authority import AuthorityDecision, GovernanceState, RuleOutcome, Verdict, flat
 from spine.governance.contract import Expectation
 from spine.governance.operations import OperationResult
 from spine.governance.params import PARAMS_MOST_BYTES
 from spine.governance.units import Record
 
 TEXT_MOST = 4000
+OUTCOMES = ("allow", "degraded", "deny")
 
 
 def text(value: str | None) -> str | None:
-    """A text as it is stored: bounded, without what a database or a terminal cannot take."""
-    if value is None:
-        return None
+    """A text as it is stored: bounded, without what a database cannot take."""
+    if value is None or (value.isascii() and len(value) <= TEXT_MOST and "\x00" not in value):
+        return value
     if len(value) > TEXT_MOST:
         value = value[:TEXT_MOST] + "..."
-    if "\x00" in value or not value.isascii():
-        value = value.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
-    return value
+    return value.replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()
 
 
 def decision_record(call: Call, verdict: Verdict, *, at: int, instance: str, eval_us: int) -> Record:
@@ -33,8 +32,8 @@ def decision_record(call: Call, verdict: Verdict, *, at: int, instance: str, eva
     decision = verdict.decision
     state = verdict.governance
     accepted, operation = call.accepted, call.operation
-    request = call.request
     would_have = verdict.would_have
+    code, reason = text(decision.code), text(decision.reason)
     fields: dict[str, Any] = {
         "decision_id": call.decision_id,
         "run_id": call.run_id,
@@ -44,10 +43,10 @@ def decision_record(call: Call, verdict: Verdict, *, at: int, instance: str, eva
         "epoch": state.epoch,
         "allowed": decision.allowed,
         "degraded": decision.degraded,
-        "code": text(decision.code),
-        "reason": text(decision.reason),
-        "conditions": [text(condition) for condition in decision.conditions],
-        "rules": [outcome.to_dict() for outcome in verdict.outcomes],
+        "code": code,
+        "reason": reason,
+        "conditions": [text(condition) for condition in decision.conditions] if decision.conditions else (),
+        "rules": [_rule(outcome) for outcome in verdict.outcomes],
         "missing_inputs": call.missing,
         "effect": verdict.effect,
         "would_have": None
@@ -55,9 +54,9 @@ def decision_record(call: Call, verdict: Verdict, *, at: int, instance: str, eva
         else {"code": text(would_have.code), "reason": text(would_have.reason)},
         "params": {} if accepted is None or operation is None else accepted.audited(operation.audit_fields),
         "params_digest": None if accepted is None else accepted.digest,
-        "masked": [] if accepted is None else list(accepted.masked),
+        "masked": () if accepted is None else accepted.masked,
         "key": call.key,
-        "parent": request.parent,
+        "parent": call.request.parent,
         "durability": "committed" if operation is None else operation.durability,
         "attempt": call.attempt,
         "queue_us": call.queue_us,
@@ -65,14 +64,25 @@ def decision_record(call: Call, verdict: Verdict, *, at: int, instance: str, eva
         "final": not decision.allowed,
         "governance_active": state.active,
         "authority_degraded": decision.degraded,
-        "authority_reason": text(decision.reason),
-        "authority_code": text(decision.code),
+        "authority_reason": reason,
+        "authority_code": code,
     }
-    for rule in fields["rules"]:
-        rule["reason"], rule["code"] = text(rule["reason"]), text(rule["code"])
     if call.claimed_run_id is not None:
         fields["claimed_run_id"] = call.claimed_run_id
     return Record("decision", at, fields)
+
+
+def _rule(outcome: RuleOutcome) -> dict[str, Any]:
+    said, rule = outcome.said, outcome.rule
+    return {
+        "id": rule.id,
+        "version": rule.version,
+        "mode": rule.mode,
+        "outcome": "error" if outcome.raised else OUTCOMES[said.rank],
+        "determined": outcome.determined,
+        "reason": text(said.reason),
+        "code": text(said.code),
+    }
 
 
 def outcome_record(call: Call, result: OperationResult, *, at: int, instance: str, handle_us: int) -> Record:

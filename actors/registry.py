@@ -156,14 +156,15 @@ class Registry(Actor):
         call.queue_us = round((self.exchange.clock.monotonic() - call.envelope.enqueued) * 1e6)
         self._calls.add(call)
         try:
-            call.task = self._tasks.spawn(self._conduct.run(call, refusal), call.decision_id)
+            call.task = self._tasks.spawn(self._conduct.run(call, refusal))
         except Overloaded as error:
             self._ended(call)
             call.envelope.reply(self._conduct.result(call, OperationResult.fail(str(error), "OVERLOADED"), False))
         else:
-            call.task.add_done_callback(lambda _: self._ended(call))
+            call.task.add_done_callback(partial(self._ended, call))
 
-    def _ended(self, call: Call) -> None:
+    def _ended(self, call: Call, _: object = None) -> None:
+        call.let_go()
         self._calls.discard(call)
         following = self._slots.give(call)
         if following is not None:
@@ -227,18 +228,15 @@ class Registry(Actor):
             rows.append(records.outcome_record(call, result, at=now, instance=deps.instance, handle_us=handle_us))
         if self.exchange.tracer.decisions:
             self._log(call, rows[-1])
+        # One decision and at most one outcome: their units need no ids of their own.
+        unit_id = call.decision_id if result is None else f"{call.decision_id}.outcome"
         operation = call.operation
         buffered = operation is not None and operation.durability == "buffered" and call.key is None
         if buffered and verdict.decision.allowed and not call.begins_run and not deps.recorder.full:
-            lost = partial(self._lost, rows[-1])
-            deps.recorder.buffer(rows, run_id=call.run_id, parent=call.envelope, on_lost=lost)
+            deps.recorder.buffer(rows[0])
             return None
         epoch = verdict.governance.epoch if result is None and not call.preset else None
-        return await deps.recorder.commit(rows, epoch=epoch, run_id=call.run_id, parent=call.envelope)
-
-    def _lost(self, record: Record, _: CommitOutcome) -> None:
-        if record.kind == "outcome":
-            self._deps.recovery.remember(record)
+        return await deps.recorder.commit(rows, epoch=epoch, run_id=call.run_id, parent=call.envelope, unit_id=unit_id)
 
     def _log(self, call: Call, record: Record) -> None:
         tracer, fields = self.exchange.tracer, record.fields

@@ -14,6 +14,7 @@ STARTS = 3
 PROGRAMS = {
     "bare": ["-c", "pass"],
     "import": ["-c", "import spine"],
+    "class": ["-c", "from spine import Spine"],
     "help": ["-c", "from spine.cli.main import main; main()", "--help"],
 }
 
@@ -33,6 +34,7 @@ def p8(plan: Plan) -> list[Line]:
     return [
         line("spine --help", "help", 150.0, samples),
         line("import spine", "import", 250.0, samples),
+        line("from spine import Spine (what a service imports)", "class", 250.0, samples),
     ]
 
 

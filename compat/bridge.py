@@ -14,14 +14,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import structlog
 
+from compat.host import Host, HostType, Pending
 from compat.own import OwnSpine
 from spine.governance.completion import CompleteRun
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
-from spine.governance.operations import Execute
+from spine.governance.operations import Execute, timeout_problem
 from spine.kernel.errors import (
     ActorCrashed,
     ConfigurationError,
@@ -34,12 +35,15 @@ from spine.kernel.errors import (
     SpineFailed,
 )
 from spine.kernel.messages import Request
+from spine.requests import governed
 
 R = TypeVar("R")
 
 DEFAULT_TIMEOUT_S: Final = 30.0
 # How much longer than its deadline a call waits for the loop to say that the deadline has passed.
 GRACE_S: Final = 5.0
+# How long a Spine of the shims' own may take to end.
+STOP_S: Final = 30.0
 # How long a thread sleeps before it looks whether the loop it waits for still exists.
 LOOK_S: Final = 0.5
 
@@ -56,46 +60,9 @@ _RECORDING_PROBLEMS: Final = (
 _ASYNC_CALL: Final[dict[type[Request[Any]], str]] = {
     CompleteRun: "await spine.complete_run(...)",
     Execute: "await spine.execute(...)",
-    CreatePolicyEvaluation: "await spine.governance_facade.create_policy_evaluation(...)",
-    EmitLesson: "await spine.governance_facade.emit_near_threshold_lesson(...)",
+    CreatePolicyEvaluation: "await RunGovernanceFacade(spine.ask).create_policy_evaluation(...)",
+    EmitLesson: "await RunGovernanceFacade(spine.ask).emit_..._lesson(...)",
 }
-
-
-class Pending(Protocol):
-    """What posting a request gives."""
-
-    def cancel(self) -> object: ...
-
-
-class Host(Protocol):
-    """What the bridge needs of a Spine; ``post`` is called on its loop's thread, and calls ``on_done`` there once."""
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop | None: ...
-
-    @property
-    def is_running(self) -> bool: ...
-
-    def post(
-        self,
-        request: Request[Any],
-        /,
-        *,
-        timeout_s: float,
-        on_done: Callable[[object | None, BaseException | None], None],
-    ) -> Pending: ...
-
-    async def start(self) -> object: ...
-
-    async def stop(self) -> object: ...
-
-
-class HostType(Protocol):
-    """The class of such a Spine."""
-
-    def __call__(self, url: str | None = None, /) -> Host: ...
-
-    def running(self) -> Host | None: ...
 
 
 class _Call:
@@ -128,13 +95,15 @@ class _Call:
 
 
 class _Line:
-    """The queue into one Spine's loop."""
+    """The queue into one Spine's loop; ``settled`` while no other Spine takes its place unless this one ends."""
 
-    __slots__ = ("_calls", "_woken", "host", "loop")
+    __slots__ = ("_calls", "_woken", "host", "loop", "own", "settled")
 
-    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop, own: OwnSpine | None, *, settled: bool) -> None:
         self.host = host
         self.loop = loop
+        self.own = own
+        self.settled = settled
         self._calls: deque[_Call] = deque()
         self._woken = False
 
@@ -198,14 +167,13 @@ class Bridge:
         self._connected: Host | str | None = None
         self._own: OwnSpine | None = None
         self._line: _Line | None = None
-        # After a fork: the parent's Spine, which the child cannot use, and the parent's own one, which it replaces.
+        # What ran before a fork, and in the child: the parent's Spine, which it cannot use.
         self._running: Host | None = None
         self._inherited: Host | None = None
-        self._abandoned: Host | None = None
         self._ending = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pid = os.getpid()
-        os.register_at_fork(before=self._forking, after_in_child=self._forked)
+        os.register_at_fork(before=self._forking, after_in_parent=self._forked_parent, after_in_child=self._forked)
         atexit.register(self._at_exit)
 
     def connect(self, target: Host | str) -> None:
@@ -232,7 +200,21 @@ class Bridge:
         _refuse_loop_thread(request)
         if timeout_s is None:
             timeout_s = getattr(request, "timeout_s", DEFAULT_TIMEOUT_S)
-        line = self._reach()
+            if timeout_problem(timeout_s):
+                # The registry refuses it, with a result: that answer is waited for.
+                timeout_s = DEFAULT_TIMEOUT_S
+        while True:
+            line = self._reach()
+            call = self._send(line, request, timeout_s)
+            if call.error is None:
+                return cast("R", call.result)
+            if call.pending is None and line.own is not None and line.own is not self._own:
+                # The own Spine was stopped around a fork before it took the call: another one takes it.
+                continue
+            raise call.error
+
+    def _send(self, line: _Line, request: Request[Any], timeout_s: float) -> _Call:
+        """Put one call into the line and wait for its end."""
         local = self._local.__dict__
         # Taken out while in use: a signal handler that calls a shim meanwhile gets another one.
         waiter: threading.Lock | None = local.pop("waiter", None)
@@ -244,14 +226,15 @@ class Bridge:
             line.put(call)
             if not waiter.acquire(timeout=LOOK_S):
                 _keep_waiting(line, call)
-        except BaseException:
+        except BaseException as error:
             # The waiter is not used again: a late answer may still release it.
             line.abandon(call)
-            raise
-        local["waiter"] = waiter
-        if call.error is not None:
-            raise call.error
-        return cast("R", call.result)
+            if not isinstance(error, (DeadlineExceeded, NotRunning)):
+                raise
+            call.result, call.error = _ended(request, error)
+        else:
+            local["waiter"] = waiter
+        return call
 
     def record(self, request: Request[R]) -> R | None:
         """Like ``ask``, but what cannot be recorded is logged and answered None instead of raised into the worker."""
@@ -269,25 +252,33 @@ class Bridge:
 
     def _reach(self) -> _Line:
         """The line to the target of the moment: the connected one, else the running one, else an own one."""
-        if os.getpid() != self._pid:
-            # A fork that Python was not told of.
-            self._forking()
-            self._forked()
-        host = self._host()
         line = self._line
-        loop = host.loop
-        if line is not None and line.host is host and line.loop is loop:
+        if line is not None and line.settled and line.host.is_running and line.host.loop is line.loop:
             return line
-        if loop is None or not host.is_running:
-            own = self._own
+        if os.getpid() != self._pid:
             raise NotRunning(
-                "the shims' own Spine has stopped: see its crash report in the log, then restart the process"
-                if own is not None and host is own.host
-                else "the Spine these shims are connected to is not running: start it first (async with spine), "
-                "or call compat.connect(...) with another target"
+                f"this process ({os.getpid()}) was forked from {self._pid} by something that does not tell Python: the "
+                "shims cannot be used in it; fork with os.fork or multiprocessing, or start a new process"
             )
-        line = self._line = _Line(host, loop)
+        host = self._host()
+        loop = host.loop
+        if loop is None or not host.is_running:
+            raise self._not_running(host)
+        line = self._line
+        if line is None or line.host is not host or line.loop is not loop:
+            own = self._own if self._own is not None and self._own.host is host else None
+            # An own Spine gives way to one that the program starts later, unless it was asked for by its URL.
+            line = self._line = _Line(host, loop, own, settled=own is None or self._connected is not None)
         return line
+
+    def _not_running(self, host: Host) -> NotRunning:
+        own = self._own
+        if own is not None and host is own.host:
+            return NotRunning("the shims' own Spine has stopped: see its crash report in the log, restart the process")
+        return NotRunning(
+            "the Spine these shims are connected to is not running: start it first (async with spine), or call "
+            "compat.connect(...) with another target"
+        )
 
     def _host(self) -> Host:
         target = self._connected
@@ -302,7 +293,7 @@ class Bridge:
                 f"the Spine of this program was started before the process forked (now {os.getpid()}): its event loop "
                 "runs in the parent only. Start a Spine in the child, or call compat.connect(url) there"
             )
-        if target is None or isinstance(target, str) or target is self._abandoned:
+        if target is None or isinstance(target, str):
             return self._own_host(target if isinstance(target, str) else None)
         return target
 
@@ -327,31 +318,38 @@ class Bridge:
             self._connected = target
             self._line = None
         if own is not None:
-            own.stop(GRACE_S)
+            own.stop(STOP_S)
 
     def _forking(self) -> None:
-        """Before a fork: what runs now is what the child will not have."""
+        """Before a fork: note what the child will not have, and end the own Spine, which starts again when needed.
+
+        SQLite forbids it to be carried over: a child that opened the file beside the inherited connections would hold
+        none of the locks it believes to hold, and lose commits when the parent closes.
+        """
+        self._lock.acquire()
+        own, self._own = self._own, None
+        if own is not None:
+            own.stop(STOP_S)
         self._running = self._spine_type().running() if self._loaded() else None
+
+    def _forked_parent(self) -> None:
+        self._lock.release()
 
     def _forked(self) -> None:
         """In the child: the parent's threads are gone, and with them its loops; locks may be held by nobody."""
         self._pid = os.getpid()
         self._local = threading.local()
-        self._lock = threading.Lock()
-        own, self._own, self._line = self._own, None, None
-        if own is not None:
-            self._abandoned = own.made
-        if self._connected is None or isinstance(self._connected, str):
-            self._inherited = None if self._running is self._abandoned else self._running
-        else:
-            self._inherited = self._connected
+        self._lock = threading.RLock()
+        self._line = None
+        connected = self._connected
+        self._inherited = self._running if connected is None or isinstance(connected, str) else connected
 
     def _at_exit(self) -> None:
         with self._lock:
             self._ending = True
             own = self._own
         if own is not None:
-            own.stop(GRACE_S)
+            own.stop(STOP_S)
 
 
 def _refuse_loop_thread(request: Request[Any]) -> None:
@@ -379,6 +377,12 @@ def _keep_waiting(line: _Line, call: _Call) -> None:
                 f"and {GRACE_S:g} s of grace: the Spine's event loop is blocked or stopped; what has not started is "
                 "cancelled, what has is recorded"
             )
+
+
+def _ended(request: Request[Any], error: DeadlineExceeded | NotRunning) -> tuple[object | None, BaseException | None]:
+    """What the asynchronous call gives: for a deadline that has passed a governed ending, else the error."""
+    ended = governed(request, error) if isinstance(error, DeadlineExceeded) else error
+    return (None, ended) if isinstance(ended, BaseException) else (ended, None)
 
 
 def _spine_type() -> HostType:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from pydantic import BaseModel
+
 from compat.bridge import BRIDGE
 from spine.governance.operations import Execute, OperationResult
 
@@ -22,21 +24,13 @@ class OperationRegistry:
         *,
         tenant_id: str,
         run_id: str | None = None,
-        params: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | BaseModel | None = None,
         idempotency_key: str | None = None,
         timeout_s: float = 30.0,
     ) -> OperationResult:
         """Run ``operation``, ``timeout_s`` seconds at most; every governed ending is a result."""
-        return BRIDGE.ask(
-            Execute(
-                operation=operation,
-                tenant_id=tenant_id,
-                run_id=run_id,
-                params=params,
-                idempotency_key=idempotency_key,
-                timeout_s=timeout_s,
-            )
-        )
+        sent = params.model_dump() if isinstance(params, BaseModel) else params
+        return BRIDGE.ask(Execute(operation, tenant_id, run_id, sent, idempotency_key, timeout_s))
 
 
 _REGISTRY: Final = OperationRegistry()

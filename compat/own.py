@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import TYPE_CHECKING
+import time
 
+from compat.host import Host, HostType
 from spine.kernel.errors import NotRunning
-
-if TYPE_CHECKING:
-    from compat.bridge import Host, HostType
 
 
 class OwnSpine:
@@ -22,8 +20,6 @@ class OwnSpine:
         self._error: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Event | None = None
-        # The Spine as soon as it exists, and once it has started.
-        self.made: Host | None = None
         self.host: Host | None = None
         self._thread = threading.Thread(target=self._run, name="spine-compat", daemon=True)
         self._thread.start()
@@ -48,14 +44,17 @@ class OwnSpine:
 
     def stop(self, timeout_s: float) -> bool:
         """End it and wait for that, ``timeout_s`` seconds at most; whether it has ended."""
-        loop, end = self._loop, self._end
-        if loop is not None and end is not None:
+        if self._thread is threading.current_thread():
+            return False
+        end = time.monotonic() + timeout_s
+        self._ready.wait(timeout_s)
+        loop, ended = self._loop, self._end
+        if loop is not None and ended is not None:
             try:
-                loop.call_soon_threadsafe(end.set)
+                loop.call_soon_threadsafe(ended.set)
             except RuntimeError:
                 pass  # The loop is closed already.
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
+        self._thread.join(max(0.0, end - time.monotonic()))
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -69,7 +68,7 @@ class OwnSpine:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
-        host = self.made = self._type(self._url)
+        host = self._type(self._url)
         await host.start()
         self.host = host
         self._ready.set()

@@ -29,6 +29,8 @@ RECIPIENTS: Mapping[type, str] = {
     CreatePolicyEvaluation: "coordinator",
     EmitLesson: "coordinator",
 }
+
+
 class Posted:
     """A request on its way; ``cancel`` keeps it from starting."""
 
@@ -43,7 +45,9 @@ class Posted:
             self._envelope.exchange.cancel(self._envelope)
 
 
-def governed(request: Request[Any], error: Overloaded | DeadlineExceeded) -> OperationResult | AuthorityDecision | BaseException:
+def governed(
+    request: Request[Any], error: Overloaded | DeadlineExceeded
+) -> OperationResult | AuthorityDecision | BaseException:
     """What the caller gets when the spine mailbox was full or nobody answered in time."""
     code = "OVERLOADED" if isinstance(error, Overloaded) else "TIMEOUT"
     match request:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast
 
@@ -55,8 +55,18 @@ T = TypeVar("T")
 
 CALL_S = 30.0
 DEFAULT_URL = "sqlite+aiosqlite:///spine.db"
-# Which Spines run in this process: what compat's shims find when nobody called ``compat.connect``.
-_RUNNING: weakref.WeakSet[Spine] = weakref.WeakSet()
+# The Spines that run in this process, newest last: what compat's shims find when nobody called ``compat.connect``.
+_RUNNING: list[Spine] = []
+
+
+def _forked() -> None:
+    """In a forked child: the parent's Spines are not the child's."""
+    for spine in _RUNNING:
+        spine._phase = "forked"
+    _RUNNING.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def default_url() -> str:
@@ -87,8 +97,9 @@ class Spine(Declarations):
             raise TypeError(f"publisher {publisher!r} has no publish(event): see spine.publisher.Publisher")
         self._settings = settings or Settings()
         self._system: _System | None = None
-        self._phase: Literal["new", "starting", "running", "stopping", "stopped"] = "new"
-        self._pid = 0
+        self._phase: Literal["new", "starting", "running", "stopping", "stopped", "forked"] = "new"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = self._pid = 0
 
     async def status(self) -> dict[str, Any]:
         """What the registry holds now: each operation's limits and how many calls run and wait."""
@@ -99,12 +110,12 @@ class Spine(Declarations):
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop this Spine runs on."""
-        return None if self._system is None else self._system.exchange.loop
+        return self._loop
 
     @property
     def is_running(self) -> bool:
         """Whether calls are taken."""
-        return self._phase == "running" and self._pid == os.getpid()
+        return self._phase == "running"
 
     @property
     def pid(self) -> int:
@@ -113,8 +124,8 @@ class Spine(Declarations):
 
     @staticmethod
     def running() -> Spine | None:
-        """A Spine that runs in this process, if there is one."""
-        return next((spine for spine in list(_RUNNING) if spine.is_running), None)
+        """The Spine that was started last of those that run in this process, if there is one."""
+        return _RUNNING[-1] if _RUNNING else None
 
     async def start(self) -> None:
         """Open the journal and start the actors; raises ``NotRunning`` when started already, ``JournalError``."""
@@ -128,9 +139,9 @@ class Spine(Declarations):
         except BaseException:
             self._phase = "stopped"
             raise
-        self._system = system
+        self._system, self._loop, self._thread = system, system.exchange.loop, get_ident()
         self._phase = "running"
-        _RUNNING.add(self)
+        _RUNNING.append(self)
 
     async def stop(self) -> list[Receipt]:
         """Refuse new calls, let running ones end, interrupt the rest, stop the actors; gives a receipt for each."""
@@ -139,7 +150,7 @@ class Spine(Declarations):
             return []
         self._check_place()
         self._phase = "stopping"
-        _RUNNING.discard(self)
+        _RUNNING.remove(self)
         stopping = asyncio.create_task(system.stop(), name="spine.stop")
         try:
             return await asyncio.shield(stopping)
@@ -312,53 +323,44 @@ class Spine(Declarations):
     # -- inside
 
     def _check_place(self) -> None:
-        system = self._system
-        if system is not None:
-            if self._pid != os.getpid():
-                raise NotRunning(
-                    f"this Spine was started by process {self._pid} and this is its fork {os.getpid()}: make one here"
-                )
-            if system.exchange.loop is not _loop():
-                raise NotRunning(
-                    "this Spine runs on another event loop: call it there, or from synchronous code through compat"
-                )
+        # Thread and loop are compared without a system call: this is on the way of every message.
+        if self._phase == "forked":
+            raise NotRunning(
+                f"this Spine was started by process {self._pid} and this is its fork {os.getpid()}: make one here"
+            )
+        if self._thread != get_ident() or self._loop is None or not self._loop.is_running():
+            raise NotRunning(
+                "this Spine runs on another event loop: call it there, or from synchronous code through compat"
+            )
 
     def _use(self) -> _System:
-        if self._phase != "running" or self._system is None:
+        if self._system is None or self._phase not in ("running", "forked"):
             raise NotRunning(f"this Spine is {self._phase}: use it inside `async with spine:` or after `await start()`")
         self._check_place()
         return self._system
 
     def _post(self, request: Request[Any], *, timeout_s: float, reserved: bool = False) -> Envelope:
-        system = self._use()
+        exchange = self._use().exchange
         recipient = RECIPIENTS.get(type(request))
         if recipient is None:
             raise TypeError(f"{type(request).__name__} is not a request that Spine understands")
         lane = Lane.CONTROL if isinstance(request, SwitchGovernance) else Lane.INGRESS
         margin = ANSWER_MARGIN_S if isinstance(request, Execute) else 0.0
-        return system.exchange.post(request, recipient, timeout_s=timeout_s + margin, lane=lane, reserved=reserved)
+        return exchange.post(request, recipient, timeout_s=timeout_s + margin, lane=lane, reserved=reserved)
 
     async def _ask(self, request: Request[T], *, timeout_s: float = CALL_S, wait: bool = False) -> T:
-        exchange = self._use().exchange
         if wait:
+            exchange = self._use().exchange
             began = exchange.clock.monotonic()
             await exchange.reserve(timeout_s)
             if isinstance(request, Execute) and not timeout_problem(request.timeout_s):
                 request.timeout_s = max(1e-3, timeout_s - (exchange.clock.monotonic() - began))
-        return cast(T, await exchange.answer(self._post(request, timeout_s=timeout_s, reserved=wait)))
+        envelope = self._post(request, timeout_s=timeout_s, reserved=wait)
+        return cast(T, await envelope.exchange.answer(envelope))
 
 
 def _bounded(timeout_s: object) -> float:
     return CALL_S if timeout_problem(timeout_s) else float(cast(float, timeout_s))
-
-
-def _loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
 
 
 class _System:
@@ -442,8 +444,9 @@ class _System:
         exchange.on_idle(None)
 
     async def _close_journal(self) -> None:
-        await self.writer.close()
+        # The writer last: only the last connection to go can fold SQLite's log back into the file.
         await self.reader.close()
+        await self.writer.close()
 
     def health(self, phase: str) -> Health:
         """A snapshot of everything that counts something."""

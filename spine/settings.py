@@ -33,4 +33,6 @@ class Settings:
             raise ConfigurationError(f"settings: credits {self.credits!r} must be at least 1")
         for name in ("drain_s", "stop_s", "blocked_s"):
             if not getattr(self, name) > 0:
-                raise ConfigurationError(f"settings: {name} {getattr(self, name)!r} must be a positive number of seconds")
+                raise ConfigurationError(
+                    f"settings: {name} {getattr(self, name)!r} must be a positive number of seconds"
+                )

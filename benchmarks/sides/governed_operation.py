@@ -12,12 +12,13 @@ from benchmarks.governed import POSTGRESQL_URL
 from benchmarks.harness import PAYLOAD
 from benchmarks.side import arguments, async_rate, report
 from spine import AuthorityDecision, OperationContext, Spine
+from spine.governance.operations import Durability
 
 CALLERS = 100
 OPERATION = "bench.echo"
 
 
-def governed_spine(url: str, durability: str) -> Spine:
+def governed_spine(url: str, durability: Durability) -> Spine:
     """A Spine with the operation and its three rules, not started."""
     spine = Spine(url)
 
@@ -35,14 +36,14 @@ def governed_spine(url: str, durability: str) -> Spine:
     def tenant_is_known(ctx: OperationContext) -> AuthorityDecision:
         return AuthorityDecision.allow() if ctx.tenant_id == "acme" else AuthorityDecision.deny("who?", code="WHO")
 
-    @spine.operation(OPERATION, durability=durability)
+    @spine.operation(OPERATION, durability=durability, concurrency=CALLERS)
     async def echo(ctx: OperationContext) -> dict[str, int]:
         return {"length": len(ctx.params["payload"])}
 
     return spine
 
 
-async def measure(url: str, durability: str, seconds: float) -> dict[str, float]:
+async def measure(url: str, durability: Durability, seconds: float) -> dict[str, float]:
     """Calls per second alone and with 100 callers; a buffered rate ends with its last commit."""
     spine = governed_spine(url, durability)
     params = {"payload": PAYLOAD}

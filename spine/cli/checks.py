@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
@@ -136,7 +135,6 @@ async def _health(url: str) -> dict[str, Any]:
             "since_at": state.since_at,
             "expires_at": state.expires_at,
         },
-        "now_at": time.time_ns() // 1_000,
         "head": head.hash.hex(),
         **asdict(counts),
     }

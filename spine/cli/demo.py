@@ -14,7 +14,7 @@ import anyio
 from spine.cli.questions import list_runs
 from spine.cli.reading import reading
 from spine.cli.render import print_json, print_lines
-from spine.cli.support import database_url
+from spine.cli.support import database_url, quiet_logs, shown_url
 from spine.domains import Refused, RunFacts
 from spine.explain import Explanation, explain
 from spine.governance.authority import AuthorityDecision
@@ -111,14 +111,15 @@ async def live_through(spine: Spine) -> None:
 def run_demo(db: str | None, *, as_json: bool) -> int:
     """Live through the day, then list its runs and ask why the most interesting one ended as it did."""
     url = database_url(db) if db else f"sqlite+aiosqlite:///{Path(tempfile.mkdtemp(prefix='spine-demo-')) / 'spine.db'}"
+    quiet_logs(level="critical")
     answer = anyio.run(partial(_day, url))
     if as_json:
-        print_json({"database": url, "why": answer.to_dict()})
+        print_json({"database": shown_url(url), "why": answer.to_dict()})
         return 0
-    print_lines([("dim", f"one day of {TENANT}, recorded in {url}"), ("", ""), ("head", "$ spine runs")])
+    print_lines([("dim", f"one day of {TENANT}, recorded in {shown_url(url)}"), ("", ""), ("head", "$ spine runs")])
     anyio.run(partial(list_runs, url))
     print_lines([("", ""), ("head", f"$ spine why {MOST_INTERESTING}"), *answer.lines(), ("", ""), ("head", "try")])
-    database = url.removeprefix("sqlite+aiosqlite:///")
+    database = shown_url(url).removeprefix("sqlite+aiosqlite:///")
     for command in ("why run-large-refund", "why run-too-late", "ops", "verify"):
         print_lines([("", f"  spine {command} --db {database}")])
     return 0

@@ -10,7 +10,7 @@ import typer
 
 from spine.cli.reading import reading
 from spine.cli.render import print_json, print_lines
-from spine.cli.support import AsJson, Database, database_url, guarded
+from spine.cli.support import AsJson, Database, database_url, guarded, quiet_logs
 
 if TYPE_CHECKING:
     from spine.governance.authority import GovernanceState
@@ -80,5 +80,6 @@ async def _act(url: str, act: Callable[[Spine], Awaitable[GovernanceState]]) -> 
         await reader.head()
     from spine.runtime import Spine
 
+    quiet_logs()
     async with Spine(url) as spine:
         return await act(spine)

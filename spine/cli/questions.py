@@ -113,7 +113,7 @@ def _row(item: dict[str, Any]) -> tuple[str, list[str]]:
 
     started = item["started_at"]
     at = "unknown" if started is None else time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(started / 1_000_000))
-    cells = [item["run_id"], item["tenant_id"], item["verdict"].replace("_", " "), item["run_status"] or "open"]
+    cells = [item["run_id"], item["tenant_id"], item["verdict"].replace("_", " "), item["run_status"] or "-"]
     counts = [str(item[name]) for name in ("operations", "denied", "failed_operations")]
     return verdict_style(item["verdict"]), [*(printable(cell) for cell in cells), *counts, at]
 

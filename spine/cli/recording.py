@@ -17,7 +17,17 @@ import typer
 
 from spine.cli.reading import reading
 from spine.cli.render import print_json, print_lines, styled
-from spine.cli.support import EXIT_INTERRUPTED, AsJson, CommandError, Database, complain, database_url, guarded
+from spine.cli.support import (
+    EXIT_INTERRUPTED,
+    AsJson,
+    CommandError,
+    Database,
+    complain,
+    database_url,
+    guarded,
+    quiet_logs,
+    shown_url,
+)
 
 if TYPE_CHECKING:
     from spine.replay import Replay
@@ -127,13 +137,15 @@ def _spine(app: str | None, url: str, *, given: str | None) -> Spine:
     if app is None:
         from spine.runtime import Spine
 
+        quiet_logs()
         return Spine(url)
     from spine.cli.application import load_spine
 
     spine = load_spine(app, url if given else None)
+    quiet_logs()
     if given and spine.url != url:
         raise CommandError(
-            f"--app {app} keeps its journal at {spine.url}: leave --db out, or let it take Spine()'s default"
+            f"--app {app} keeps its journal at {shown_url(spine.url)}: leave --db out, or let it take Spine()'s default"
         )
     return spine
 

@@ -80,7 +80,7 @@ def explain(
     """
     story = read(rows)
     if not story.rows:
-        raise LookupError("there are no journal rows of this run: check its id with 'spine runs'")
+        raise LookupError(f"no journal row tells of run {run_id!r}: check its id, spine runs lists those there are")
     found = _verdict(story)
     cause = find_cause(story, found)
     return Explanation(

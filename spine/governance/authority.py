@@ -36,6 +36,8 @@ class AuthorityDecision:
     @classmethod
     def allow(cls, reason: str = "allowed") -> AuthorityDecision:
         """The operation may run."""
+        if reason == "allowed" and cls is AuthorityDecision:
+            return ALLOW
         return cls(True, False, reason, "ALLOWED")
 
     @classmethod
@@ -82,7 +84,7 @@ class AuthorityDecision:
         }
 
 
-ALLOW = AuthorityDecision.allow()
+ALLOW = AuthorityDecision(True, False, "allowed", "ALLOWED")
 
 
 class GovernanceMode(StrEnum):
@@ -133,6 +135,7 @@ class GovernanceState:
         }
 
 
+Effect = Literal["enforced", "bypassed", "failed_open"]
 RuleMode = Literal["enforce", "warn", "shadow"]
 OnError = Literal["deny", "allow"]
 RuleFunction = Callable[["OperationContext"], AuthorityDecision]
@@ -164,7 +167,9 @@ class Rule:
         if not callable(function):
             raise TypeError(f"rule for {pattern!r} is {type(function).__name__}, not callable")
         if inspect.iscoroutinefunction(function):
-            raise TypeError(f"rule {getattr(function, '__name__', pattern)!r} is async: rules are synchronous callables")
+            raise TypeError(
+                f"rule {getattr(function, '__name__', pattern)!r} is async: rules are synchronous callables"
+            )
         if not isinstance(pattern, str) or not pattern:
             raise ConfigurationError(f"rule pattern {pattern!r} must be a non-empty string such as 'refunds.*'")
         if mode not in ("enforce", "warn", "shadow"):
@@ -189,20 +194,6 @@ class RuleOutcome:
     raised: bool
     determined: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """As recorded."""
-        said = self.said
-        outcome = "error" if self.raised else ("allow", "degraded", "deny")[said.rank]
-        return {
-            "id": self.rule.id,
-            "version": self.rule.version,
-            "mode": self.rule.mode,
-            "outcome": outcome,
-            "determined": self.determined,
-            "reason": said.reason,
-            "code": said.code,
-        }
-
 
 @dataclass(slots=True)
 class Verdict:
@@ -211,13 +202,13 @@ class Verdict:
     decision: AuthorityDecision
     governance: GovernanceState
     outcomes: Sequence[RuleOutcome] = ()
-    effect: Literal["enforced", "bypassed", "failed_open"] = "enforced"
+    effect: Effect = "enforced"
     would_have: AuthorityDecision | None = None
     rule_errors: int = 0
     check_failed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Question:
     """The frozen input of a check: the state, the rules asked, their context, and whether a new run would begin."""
 
@@ -237,21 +228,34 @@ def check(question: Question) -> Verdict:
         standing = _standing(state, question.starts_run)
         if not standing.allowed:
             return Verdict(standing, state)
-    outcomes = [_ask(rule, question) for rule in question.rules]
-    ruled = AuthorityDecision.combine(*[outcome.counts for outcome in outcomes if outcome.counts is not None])
-    rank = ruled.rank
-    for outcome in outcomes:
-        outcome.determined = outcome.counts is not None and outcome.counts.rank == rank
-    errors = sum(outcome.raised for outcome in outcomes)
-    would_have = next((o.said for o in outcomes if o.rule.mode == "shadow" and not o.said.allowed), None)
-    if mode is GovernanceMode.BYPASSED:
-        assert standing is not None
-        for outcome in outcomes:
-            outcome.determined = False
+    outcomes = []
+    ruled = ALLOW
+    would_have: AuthorityDecision | None = None
+    errors = 0
+    failed_open = False
+    for rule in question.rules:
+        outcome = _ask(rule, question.ctx)
+        outcomes.append(outcome)
+        if outcome.raised:
+            errors += 1
+            failed_open = failed_open or rule.on_error == "allow"
+        if outcome.counts is None:
+            if would_have is None and not outcome.said.allowed:
+                would_have = outcome.said
+        elif outcome.counts is not ALLOW:
+            ruled = outcome.counts if ruled is ALLOW else AuthorityDecision.combine(ruled, outcome.counts)
+    if standing is not None and mode is GovernanceMode.BYPASSED:
         return Verdict(standing, state, outcomes, "bypassed", would_have if ruled.allowed else ruled, errors)
+    _mark_determining(outcomes, ruled.rank)
     decision = ruled if standing is None else AuthorityDecision.combine(ruled, standing)
-    failed_open = decision.allowed and any(o.raised and o.rule.on_error == "allow" for o in outcomes)
-    return Verdict(decision, state, outcomes, "failed_open" if failed_open else "enforced", would_have, errors)
+    effect: Effect = "failed_open" if failed_open and decision.allowed else "enforced"
+    return Verdict(decision, state, outcomes, effect, would_have, errors)
+
+
+def _mark_determining(outcomes: Sequence[RuleOutcome], rank: int) -> None:
+    for outcome in outcomes:
+        counts = outcome.counts
+        outcome.determined = counts is not None and counts.rank == rank
 
 
 def _standing(state: GovernanceState, starts_run: bool) -> AuthorityDecision:
@@ -260,7 +264,8 @@ def _standing(state: GovernanceState, starts_run: bool) -> AuthorityDecision:
             return AuthorityDecision.deny(f"governance is halted by {state.actor}: {state.reason}", code="HALTED")
         case GovernanceMode.DEGRADED if starts_run:
             return AuthorityDecision.deny(
-                f"governance is degraded by {state.actor}: {state.reason}; new runs are refused", code="DEGRADED_NEW_RUN"
+                f"governance is degraded by {state.actor}: {state.reason}; new runs are refused",
+                code="DEGRADED_NEW_RUN",
             )
         case GovernanceMode.DEGRADED:
             return AuthorityDecision.allow_with_degraded_flag(
@@ -287,9 +292,9 @@ def check_start(governance: GovernanceState, *, completion: bool = False) -> Aut
     )
 
 
-def _ask(rule: Rule, question: Question) -> RuleOutcome:
+def _ask(rule: Rule, ctx: OperationContext) -> RuleOutcome:
     try:
-        said: object = rule.function(question.ctx)
+        said: object = rule.function(ctx)
     except Exception as error:  # noqa: BLE001  a rule is foreign code: its failure is a decision (RULE_ERROR), recorded
         return _failed(rule, f"rule {rule.id!r} raised {type(error).__name__}: {error}")
     if not isinstance(said, AuthorityDecision):

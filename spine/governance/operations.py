@@ -21,9 +21,9 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)+")
 ID_MOST = 512
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OperationResult:
-    """How an operation ended; every governed ending is one of these, never an exception.
+    """How an operation ended; every governed ending is one of these, never an exception; nobody changes it.
 
     ``durable`` tells whether the record was committed before this was returned; ``metadata`` holds the decision's
     four authority fields.
@@ -57,7 +57,17 @@ class OperationContext:
     idempotent operation runs again.
     """
 
-    __slots__ = ("_nested", "attempt", "deadline", "idempotency_key", "model", "operation", "params", "run_id", "tenant_id")
+    __slots__ = (
+        "_nested",
+        "attempt",
+        "deadline",
+        "idempotency_key",
+        "model",
+        "operation",
+        "params",
+        "run_id",
+        "tenant_id",
+    )
 
     def __init__(
         self,

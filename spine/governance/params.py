@@ -17,6 +17,7 @@ from spine.kernel.errors import SpineError
 PARAMS_MOST_BYTES = 1 << 20
 DEPTH_MOST = 64
 MASK = "**********"
+_MASK = MASK.encode()
 _SAFE_INT = 1 << 53
 
 
@@ -96,22 +97,21 @@ def accept(params: object, model: type[BaseModel] | None) -> Accepted:
     if not isinstance(params, Mapping):
         raise _refused([("params", f"must be a mapping, not {type(params).__name__}", "")])
     values: dict[str, Any] = dict(params)
-    problems = _encoding_problems(values)
-    if problems:
-        raise _refused(problems)
-    instance = None
-    if model is not None:
-        try:
-            instance = model.model_validate(values)
-        except ValidationError as error:
-            raise _refused(list(_model_problems(error, model))) from None
-        values = instance.model_dump()
-    return _accepted(values, instance)
-
-
-def _accepted(values: dict[str, Any], model: BaseModel | None) -> Accepted:
-    masked: list[str] = []
     secrets: list[str] = []
+    text = _encode(values, secrets)
+    if model is None:
+        return _accepted(values, None, text, secrets)
+    try:
+        instance = model.model_validate(values)
+    except ValidationError as error:
+        raise _refused(list(_model_problems(error, model))) from None
+    secrets.clear()
+    values = instance.model_dump()
+    return _accepted(values, instance, _encode(values, secrets), secrets)
+
+
+def _encode(values: dict[str, Any], secrets: list[str]) -> bytes:
+    """The values as canonical JSON, secrets masked; the slow walk that names every problem happens on suspicion only."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, SecretStr):
@@ -120,18 +120,26 @@ def _accepted(values: dict[str, Any], model: BaseModel | None) -> Accepted:
         return _plain(value)
 
     try:
-        text = orjson.dumps(values, default=plain, option=orjson.OPT_SORT_KEYS)
-    except TypeError as error:
-        problem = f"the model's values cannot be recorded as JSON: {error}"
-        raise _refused([("params", problem, "")]) from None
-    if MASK.encode() in text:
-        masked = sorted(_masked_paths(values, ""))
+        text = orjson.dumps(values, default=plain, option=orjson.OPT_SORT_KEYS | orjson.OPT_STRICT_INTEGER)
+    except (TypeError, RecursionError) as error:
+        raise _refused(list(_walk(values, "", 0)) or [("params", str(error), "")]) from None
+    if len(text) > PARAMS_MOST_BYTES:
+        raise _refused([("params", f"{len(text)} bytes as JSON, at most {PARAMS_MOST_BYTES} are taken", "")])
+    if (b"null" in text or b"\\u0000" in text or text.count(b"[") + text.count(b"{") > DEPTH_MOST) and (
+        problems := list(_walk(values, "", 0))
+    ):
+        raise _refused(problems)
+    return text
+
+
+def _accepted(values: dict[str, Any], model: BaseModel | None, text: bytes, secrets: list[str]) -> Accepted:
+    masked = tuple(sorted(_masked_paths(values, ""))) if _MASK in text else ()
     nested = any(type(value) in (dict, list) for value in values.values())
     return Accepted(
         copied(values) if nested else values,
         model,
         hashlib.sha256(text).hexdigest(),
-        tuple(masked),
+        masked,
         tuple(secret for secret in secrets if secret),
         nested,
     )
@@ -170,19 +178,6 @@ def _masked_paths(value: Any, path: str) -> Iterator[str]:
 
 
 Problem = tuple[str, str, str]
-
-
-def _encoding_problems(values: dict[str, Any]) -> list[Problem]:
-    """What keeps the values from being recorded as they are; the slow walk happens only on suspicion."""
-    try:
-        text = orjson.dumps(values, default=_plain, option=orjson.OPT_STRICT_INTEGER)
-    except (TypeError, RecursionError) as error:
-        return list(_walk(values, "", 0)) or [("params", str(error), "")]
-    if len(text) > PARAMS_MOST_BYTES:
-        return [("params", f"{len(text)} bytes as JSON, at most {PARAMS_MOST_BYTES} are taken", "")]
-    if b"null" in text or b"\\u0000" in text or text.count(b"[") + text.count(b"{") > DEPTH_MOST:
-        return list(_walk(values, "", 0))
-    return []
 
 
 def _walk(value: Any, path: str, depth: int) -> Iterator[Problem]:

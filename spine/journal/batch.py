@@ -9,21 +9,14 @@ from typing import Any, Final
 
 import orjson
 
-from spine.governance.units import Committed, CommitOutcome, GuardFailed, StaleEpoch, Unit, Write
+from spine.governance.units import CommitOutcome, Committed, GuardFailed, StaleEpoch, Unit, Write
 from spine.journal.chain import MAIN_PREFIX, STREAM
+from spine.journal.faults import UnitFault
 from spine.journal.projections import MAKERS
 from spine.journal.statements import Params, Statement
 
 # Their few fields that reach a column are plain text wherever they are made.
 _PLAIN_KINDS: Final = frozenset({"decision", "outcome"})
-
-
-class UnitFault(Exception):
-    """A unit, not the database, is the reason why a transaction cannot be written."""
-
-    def __init__(self, guard: str, required: int, found: int) -> None:
-        super().__init__(guard)
-        self.failed = GuardFailed(guard, required, found)
 
 
 # One record as it will be stored, but for its place: fields, raw body, body, kind, run_id, tenant_id, ref.
@@ -60,8 +53,12 @@ def encode(unit: Unit) -> Encoded | GuardFailed:
                 # What the projections see is what verify will read.
                 fields = orjson.loads(raw)
             get = fields.get
+            run_id, tenant_id = get("run_id"), get("tenant_id")
             ref = get("decision_id") or get("tx_id") or get("event_id")
-            entries.append((fields, raw, raw.decode(), record.kind, get("run_id"), get("tenant_id"), ref))
+            for copied in (run_id, tenant_id, ref):
+                if copied is not None and not isinstance(copied, str):
+                    raise TypeError(f"{record.kind}: {copied!r} is not text")
+            entries.append((fields, raw, raw.decode(), record.kind, run_id, tenant_id, ref))
     except (TypeError, ValueError, RecursionError) as error:
         return GuardFailed(f"record: {error}", 1, 0)
     if not entries:

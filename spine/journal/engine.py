@@ -12,10 +12,11 @@ from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import NullPool, PoolProxiedConnection
 
 from spine.journal.chain import GENESIS, STREAM
+from spine.journal.faults import cause
 from spine.journal.tables import FIRST_GOVERNANCE, SCHEMA_VERSION, governance, journal_head, metadata, spine_meta
 from spine.kernel.errors import ConfigurationError, JournalUnavailable, SchemaMismatch
 
@@ -149,7 +150,7 @@ def _use_wal(connection: sqlite3.Connection, busy_timeout_ms: int) -> None:
             time.sleep(0.01)
         else:
             if mode != "wal":
-                raise sqlite3.OperationalError(f"this file system allows only journal mode {mode}, the journal needs WAL")
+                raise sqlite3.OperationalError(f"only journal mode {mode} is possible there, the journal needs WAL")
             return
 
 
@@ -212,7 +213,8 @@ def stored_version(connection: DBAPIConnection | PoolProxiedConnection, target: 
     """The schema version a database is stamped with; ``None`` when it holds no journal."""
     cursor = connection.cursor()
     cursor.execute(FIND_META[target.dialect])
-    if cursor.fetchone()[0] is None:
+    found = cursor.fetchone()
+    if found is None or found[0] is None:
         return None
     cursor.execute(READ_VERSION)
     row = cursor.fetchone()
@@ -251,9 +253,9 @@ def stamp(connection: Connection) -> None:
     connection.execute(governance.insert(), FIRST_GOVERNANCE)
 
 
-def unavailable(target: Target, error: DBAPIError | Exception) -> JournalUnavailable:
+def unavailable(target: Target, error: BaseException) -> JournalUnavailable:
     """The error to raise when the database itself refuses."""
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     return JournalUnavailable(
-        f"the journal at {target.name} cannot be used: {str(cause).strip()}; free or repair the database and try again"
+        f"the journal at {target.name} cannot be used: {str(cause(error)).strip()}; "
+        "free or repair the database and try again"
     )

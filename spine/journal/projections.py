@@ -41,9 +41,7 @@ DOMAIN_COLUMNS: Final = (
 )
 DOMAIN_TABLES: Final = ("incidents", "policy_evaluations", "traces", "lessons")
 
-INSERT_RUN: Final = insert(
-    "runs", 1, GUARD_RUN, "run_id tenant_id agent_id implicit state started_seq started_at"
-)
+INSERT_RUN: Final = insert("runs", 1, GUARD_RUN, "run_id tenant_id agent_id implicit state started_seq started_at")
 INSERT_EXPECTATION: Final = insert(
     "run_expectations", 2, GUARD_EXPECTATION, "run_id domain action deadline_at", key=(0, 1, 2)
 )
@@ -127,7 +125,7 @@ CLOSE_DECISION: Final = delete("open_decisions", 30, GUARD_DECISION_OPEN, "decis
 
 def _run_started(fields: Fields, seq: int) -> list[Operation]:
     run_id, at = fields["run_id"], fields["at"]
-    found = [
+    found: list[Operation] = [
         (
             INSERT_RUN,
             (run_id, fields["tenant_id"], fields.get("agent_id"), bool(fields.get("implicit")), "open", seq, at),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import fields, replace
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -127,7 +128,8 @@ class JournalReader:
 
     async def runs(self, limit: int = 50, *, before: int | None = None, state: str | None = None) -> list[RunRow]:
         """Up to ``limit`` runs, last started first; ``before`` is the ``started_seq`` to go on from."""
-        where, values = ["1 = 1"], []
+        where: list[str] = ["1 = 1"]
+        values: list[Any] = []
         if before is not None:
             where.append("started_seq < ?")
             values.append(before)
@@ -190,7 +192,8 @@ class JournalReader:
 
     async def bypassed_denials(self, epoch: int, limit: int = 100) -> tuple[int, list[dict[str, Any]]]:
         """How many decisions of a bypass would have been denials, and the bodies of the first ``limit``."""
-        count, bodies, after = 0, [], await self._epoch_began(epoch)
+        count, after = 0, await self._epoch_began(epoch)
+        bodies: list[dict[str, Any]] = []
         while True:
             page = await self._all(
                 f"SELECT {_ROW} FROM journal WHERE {_MAIN} AND seq > ? AND kind IN ('decision', 'governance.changed') "
@@ -232,7 +235,7 @@ class JournalReader:
                 return False
         return True
 
-    async def _links(self, seqs: Set[int]) -> dict[int, tuple[bytes, bytes]]:
+    async def _links(self, seqs: AbstractSet[int]) -> dict[int, tuple[bytes, bytes]]:
         """``prev`` and ``hash`` of the rows that exist."""
         found, wanted = {}, sorted(seqs)
         for at in range(0, len(wanted), _IDS):

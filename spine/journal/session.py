@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import sqlite3
 from bisect import bisect_left, bisect_right
-from itertools import chain
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Engine, text
 
 from spine.governance.units import Write
-from spine.journal.batch import Head, UnitFault
+from spine.journal.batch import Head
 from spine.journal.chain import STREAM
 from spine.journal.engine import Target, check_version, prepare_schema, stored_version, writing_engine
+from spine.journal.faults import CommitUnknown, StorageError, UnitFault, is_unit
 from spine.journal.oslock import FileLock
 from spine.journal.statements import Params, Placeholder, Statement, insert
-from spine.kernel.errors import JournalError
 
 _JOURNAL: Final = insert("journal", 0, "journal row", "stream seq prev hash body kind unit run_id tenant_id ref")
 # How many rows a text may hold: four sizes for each doubling.
@@ -28,65 +27,9 @@ _COMPILED_MAX: Final = 1_000
 _RESTART_FACTOR: Final = 8
 _RESTART_WAIT_MS: Final = 100
 
-# SQLite's primary result codes that speak of the database and not of the statement.
-_SQLITE_STORAGE: Final = frozenset(
-    {
-        sqlite3.SQLITE_PERM,
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_INTERRUPT,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_PROTOCOL,
-        sqlite3.SQLITE_NOLFS,
-        sqlite3.SQLITE_NOTADB,
-    }
-)
-# PostgreSQL's classes of the same kind: connection, read-only, rollback, resources, not in state, operator, system.
-_POSTGRESQL_STORAGE: Final = ("08", "25", "40", "53", "55", "57", "58", "XX")
-
-
-class CommitUnknown(Exception):
-    """COMMIT was sent and not confirmed: only the journal itself can tell what happened."""
-
-
-class StorageError(Exception):
-    """The database, not a unit, is the reason why nothing was written, or why nobody knows (``unknown``)."""
-
-    def __init__(self, message: str, *, unknown: bool = False) -> None:
-        super().__init__(message)
-        self.unknown = unknown
-
-
-def is_storage(error: BaseException) -> bool:
-    """Whether a driver's ``error`` speaks of the database rather than of the statement it was given."""
-    if isinstance(error, (StorageError, OSError, JournalError)):
-        return True
-    error = getattr(error, "orig", None) or error
-    code = getattr(error, "sqlite_errorcode", None)
-    if code is not None:
-        return code & 0xFF in _SQLITE_STORAGE
-    state = getattr(error, "sqlstate", "")
-    if state:
-        return str(state).startswith(_POSTGRESQL_STORAGE)
-    # psycopg has no state for a lost connection; its other errors without one are about parameters.
-    return state is None and type(error).__name__ in {"OperationalError", "InterfaceError"}
-
-
-def is_passing(error: BaseException) -> bool:
-    """Whether a storage error leaves the connection as good as it was: somebody else held a lock."""
-    code = getattr(error, "sqlite_errorcode", None)
-    if code is not None:
-        return code & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
-    return str(getattr(error, "sqlstate", None) or "").startswith(("40", "55P03"))
-
 
 class Session:
-    """A connection that lives in one thread. Every method may raise the driver's errors; see ``is_storage``."""
+    """A connection that lives in one thread. Every method may raise the driver's errors; see ``faults``."""
 
     def __init__(self, target: Target, busy_timeout_ms: int) -> None:
         self.target = target
@@ -102,7 +45,7 @@ class Session:
         self._compiled: dict[str, tuple[str, Sequence[str] | None]] = {}
         p = self._placeholder
         self._move_head = (
-            f"UPDATE journal_head SET size = {p}, hash = {p} WHERE stream = '{STREAM}' AND size = {p} AND hash = {p}"  # noqa: S608  constants
+            f"UPDATE journal_head SET size = {p}, hash = {p} WHERE stream = '{STREAM}' AND size = {p} AND hash = {p}"
         )
 
     @property
@@ -142,7 +85,7 @@ class Session:
         """Drop the connection, whatever state it is in."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            with suppress(Exception):  # noqa: BLE001  a broken connection may refuse even to be closed
+            with suppress(Exception):
                 connection.close()
         if self._lock is not None:
             self._lock.release()
@@ -178,7 +121,8 @@ class Session:
         try:
             self._connection.execute("COMMIT")
         except Exception as error:
-            if self.target.dialect == "sqlite" and self._connection.in_transaction:
+            undecided = self.target.dialect == "sqlite" and self._connection.in_transaction
+            if undecided or is_unit(error):
                 raise
             raise CommitUnknown(str(error)) from error
         if self._lock is not None:
@@ -200,7 +144,7 @@ class Session:
 
     def read_head(self, *, lock: bool) -> Head:
         """Where the chain ends, and the epoch there; with ``lock`` until the transaction's end."""
-        sql = f"SELECT size, hash FROM journal_head WHERE stream = '{STREAM}'"  # noqa: S608  constants
+        sql = f"SELECT size, hash FROM journal_head WHERE stream = '{STREAM}'"
         found = self._connection.execute(sql + (self._for_update if lock else "")).fetchone()
         # A statement of its own: on PostgreSQL it sees what was committed while the lock was waited for.
         state = self._connection.execute("SELECT epoch FROM governance WHERE id = 1").fetchone()
@@ -278,7 +222,7 @@ class Session:
         if made is None:
             verb = sql.split(None, 1)[0].upper() if sql.strip() else ""
             if verb not in _WRITE_VERBS:
-                raise ValueError(f"a commit takes {', '.join(sorted(_WRITE_VERBS))}, not {verb or 'an empty statement'}")
+                raise ValueError(f"a commit takes {', '.join(sorted(_WRITE_VERBS))}, not {verb or 'nothing'}")
             if self._engine is None:
                 raise StorageError("the journal is closed")
             compiled: Any = text(sql).compile(dialect=self._engine.dialect)
@@ -293,22 +237,22 @@ class Session:
         cursor = self._connection.execute(sql.replace("?", self._placeholder), params)
         return list(cursor.fetchall()) if cursor.description is not None else []
 
-    def checkpoint(self, pages: int) -> tuple[bool, int]:
-        """Copy the log of an SQLite database back, if no other process writes; whether it ran, and the log's pages.
+    def checkpoint(self, pages: int) -> bool:
+        """Copy the log of an SQLite database back, if no other process writes; whether that was so.
 
         It waits for nobody, until the log is longer than several times ``pages`` because somebody always reads.
         """
         if self._lock is None or self._connection is None:
-            return True, 0
+            return True
         if not self._lock.own():
-            return False, 0
+            return False
         try:
             _, log, copied = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             if log > pages * _RESTART_FACTOR and copied == log:
                 self._restart_log()
         finally:
             self._lock.release()
-        return True, int(log)
+        return True
 
     def _restart_log(self) -> None:
         self._connection.execute(f"PRAGMA busy_timeout={_RESTART_WAIT_MS}")

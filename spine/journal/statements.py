@@ -37,7 +37,7 @@ class Statement:
         return text if placeholder == "?" else text.replace("?", placeholder)
 
     def room(self, rows: int) -> str:
-        """SQLite's text with room for ``rows`` rows, to be filled up with nulls, and for an insert their true number."""
+        """SQLite's text with room for ``rows`` rows: fill it up with nulls; an insert also takes the true number."""
         items = ",".join([self.item] * rows)
         if self.undoes is not None:
             return self.head + items + self.tail
@@ -62,10 +62,8 @@ def insert(
 
 def update(table: str, rank: int, guard: str, sets: str, where: str, *, key: Sequence[int]) -> Statement:
     """An update of one row at a time."""
-    text = f"UPDATE {table} SET {sets} WHERE {where}"  # noqa: S608  the parts are constants of this package
-    return Statement(
-        table=table, rank=rank, guard=guard, head=text, item="", tail="", key=itemgetter(*key), many=False
-    )
+    text = f"UPDATE {table} SET {sets} WHERE {where}"
+    return Statement(table=table, rank=rank, guard=guard, head=text, item="", tail="", key=itemgetter(*key), many=False)
 
 
 def delete(table: str, rank: int, guard: str, column: str, *, undoes: Statement | None = None) -> Statement:
@@ -74,7 +72,7 @@ def delete(table: str, rank: int, guard: str, column: str, *, undoes: Statement 
         table=table,
         rank=rank,
         guard=guard,
-        head=f"DELETE FROM {table} WHERE {column} IN (",  # noqa: S608  the parts are constants of this package
+        head=f"DELETE FROM {table} WHERE {column} IN (",
         item="?",
         tail=")",
         key=itemgetter(0),

@@ -201,6 +201,7 @@ outbox = _small(
     ),
 )
 
+
 def _domain(name: str) -> Table:
     return Table(
         name,

@@ -6,20 +6,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from spine.governance.units import Committed, CommitOutcome, GuardFailed, StorageFailed, Unit, Write
-from spine.journal.batch import Encoded, Head, Plan, UnitFault, encode, plan
+from spine.governance.units import CommitOutcome, Committed, GuardFailed, StorageFailed, Unit, Write
+from spine.journal.batch import Encoded, Head, Plan, encode, plan
 from spine.journal.chain import STREAM
 from spine.journal.engine import Target, parse_url, unavailable
-from spine.journal.session import CommitUnknown, Session, StorageError, is_passing, is_storage
+from spine.journal.faults import (
+    CommitUnknown,
+    StorageError,
+    UnitFault,
+    cause,
+    is_database,
+    is_passing,
+    is_storage,
+    is_unit,
+)
+from spine.journal.session import Session
 from spine.journal.thread import Worker
 from spine.kernel.errors import JournalError
 
 _LOOKUP_IDS: Final = 400
 _FIND_UNITS: Final = (
-    f"SELECT unit, min(seq), max(seq) FROM journal WHERE stream = '{STREAM}' AND seq > ? "  # noqa: S608  constants
+    f"SELECT unit, min(seq), max(seq) FROM journal WHERE stream = '{STREAM}' AND seq > ? "
     "AND unit IN ({}) GROUP BY unit"
 )
-_ROW_HASH: Final = f"SELECT hash FROM journal WHERE stream = '{STREAM}' AND seq = ?"  # noqa: S608  constants
+_ROW_HASH: Final = f"SELECT hash FROM journal WHERE stream = '{STREAM}' AND seq = ?"
 _RENEW: Final = (
     "INSERT INTO instances (instance, lease_until_at, started_at) VALUES (?, ?, ?) "
     "ON CONFLICT (instance) DO UPDATE SET lease_until_at = excluded.lease_until_at"
@@ -106,11 +116,13 @@ class GroupCommit:
             raise
         except Exception as error:
             self._undo(keep=is_passing(error))
-            if is_storage(error):
-                self._head = None
-                raise StorageError(self._storage_message(error)) from error
-            raise UnitFault(f"record: {error}", 1, 0) from error
-        self._pages += 8 + len(made.rows)
+            self._head = None
+            if not is_database(error):
+                raise
+            if is_unit(error):
+                raise UnitFault(f"commit: {error}", 1, 0) from error
+            raise StorageError(f"the journal at {self._target.name} did not take the record: {cause(error)}") from error
+        self._pages += 6 + len(made.rows) * 2 // 3
         return made.outcomes
 
     def _write(self, units: Sequence[Encoded]) -> Plan:
@@ -134,9 +146,14 @@ class GroupCommit:
                 return made
             if not session.move_head(current, made.size, made.hash):
                 raise StorageError("the journal's head changed while it was locked; run `spine verify`")
-        session.insert_rows(made.rows)
-        for statement, rows in made.waves:
-            session.change(statement, rows)
+        try:
+            session.insert_rows(made.rows)
+            for statement, rows in made.waves:
+                session.change(statement, rows)
+        except Exception as error:
+            if is_unit(error):
+                raise UnitFault(f"record: {error}", 1, 0) from error
+            raise
         for number, write in enumerate(made.writes):
             self._user_write(number, write)
         if made.writes and not session.in_transaction:
@@ -165,7 +182,7 @@ class GroupCommit:
             head = session.read_head(lock=True)
             found = session.execute(_ROW_HASH, (made.size if made is not None else 0,))
             session.rollback()
-        except Exception as reason:  # noqa: BLE001  the outcome stays unknown whatever the reason is
+        except Exception as reason:
             self._undo(keep=False)
             message = f"COMMIT was not confirmed ({error}) and the journal could not be asked: {reason}"
             raise StorageError(message, unknown=True) from reason
@@ -185,10 +202,6 @@ class GroupCommit:
 
     def _remember(self, head: Head) -> None:
         self._head, self._size = head, head.size
-
-    def _storage_message(self, error: BaseException) -> str:
-        cause = getattr(error, "orig", None) or error
-        return f"the journal at {self._target.name} did not take the record: {str(cause).strip()}"
 
     def find_units(self, ids: Sequence[str], since_seq: int) -> dict[str, Committed]:
         """Which of the units are in the journal after row ``since_seq``. Raises JournalUnavailable."""
@@ -224,9 +237,9 @@ class GroupCommit:
         if not self._pages:
             return False
         try:
-            ran, log = self._session.checkpoint(self._checkpoint_pages)
+            ran = self._session.checkpoint(self._checkpoint_pages)
         except Exception:  # noqa: BLE001  the log keeps everything until it can be copied; commits tell of a bad disk
-            ran, log = True, 0
+            ran = True
         if ran:
             self._pages = 0
         return not ran
@@ -241,7 +254,7 @@ class JournalWriter:
     """
 
     def __init__(
-        self, url: str, *, busy_timeout_ms: int = 5_000, checkpoint_pages: int = 4_000, idle_s: float = 1.0
+        self, url: str, *, busy_timeout_ms: int = 5_000, checkpoint_pages: int = 2_000, idle_s: float = 1.0
     ) -> None:
         self._core = GroupCommit(parse_url(url), busy_timeout_ms=busy_timeout_ms, checkpoint_pages=checkpoint_pages)
         self._worker = Worker("spine-journal-writer", self._core.idle, idle_s)
@@ -269,7 +282,7 @@ class JournalWriter:
         return await self._worker.call(lambda: self._core.find_units(wanted, since_seq))
 
     async def renew_lease(self, instance: str, until_us: int, *, started_us: int | None = None) -> None:
-        """Say that the process called ``instance`` lives until ``until_us`` (unix microseconds). Raises JournalError."""
+        """Say that the process ``instance`` lives until ``until_us`` (unix microseconds). Raises JournalError."""
         await self._worker.call(lambda: self._core.renew_lease(instance, until_us, started_us))
 
     async def close(self) -> None:

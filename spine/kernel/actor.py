@@ -34,7 +34,9 @@ class Actor:
         for envelope in taken:
             if crash is not None:
                 envelope.fail(
-                    ActorCrashed(crash.actor, str(self.exchange.tracer.msg_id(envelope.number)), crash.restart, crash.detail)
+                    ActorCrashed(
+                        crash.actor, str(self.exchange.tracer.msg_id(envelope.number)), crash.restart, crash.detail
+                    )
                 )
 
     async def stop(self) -> None:
@@ -65,23 +67,18 @@ class Actor:
                     exchange.expire(envelope)
                     continue
                 if tracer.messages:
-                    self._traced(envelope, moment)
-                else:
-                    receive(envelope)
+                    self.traced(envelope, moment)
+                receive(envelope)
                 if envelope.reply_to is None and envelope.holder is name:
                     exchange.handled(envelope)
             else:
                 mailbox.ring()
             await mailbox.wait()
 
-    def _traced(self, envelope: Envelope, moment: float) -> None:
-        tracer, now = self.exchange.tracer, self.exchange.clock.monotonic
-        tracer.message(
-            "spine.message.received",
-            envelope,
-            self.name,
-            mailbox_depth=len(self.mailbox),
-            queue_ms=round((moment - envelope.enqueued) * 1e3, 3),
+    def traced(self, envelope: Envelope, moment: float) -> None:
+        """Log that the actor takes the envelope."""
+        envelope.taken = moment
+        queue_ms = round((moment - envelope.enqueued) * 1e3, 3)
+        self.exchange.tracer.message(
+            "spine.message.received", envelope, self.name, mailbox_depth=len(self.mailbox), queue_ms=queue_ms
         )
-        self.receive(envelope)
-        tracer.message("spine.message.handled", envelope, self.name, handle_ms=round((now() - moment) * 1e3, 3))

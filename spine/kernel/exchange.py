@@ -18,6 +18,14 @@ from spine.kernel.tracing import Tracer
 T = TypeVar("T")
 
 ROUTER = "router"
+END_EVENTS = {
+    End.REPLIED: "spine.message.handled",
+    End.HANDLED: "spine.message.handled",
+    End.FAILED: "spine.message.failed",
+    End.EXPIRED: "spine.message.expired",
+    End.CANCELLED: "spine.message.cancelled",
+    End.DEAD_LETTERED: "spine.message.undelivered",
+}
 DEAD_LETTERS = 128
 # A call in flight sends a few records at a time; each lane holds that many for every admission credit.
 RECORDS_A_CALL = 4
@@ -84,7 +92,10 @@ class Exchange:
         Raises what ``post`` raises, ``DeadlineExceeded``, ``ActorCrashed``, or the recipient's own error.
         """
         return cast(
-            T, await self.answer(self.post(request, recipient, timeout_s=timeout_s, sender=sender, lane=lane, parent=parent))
+            T,
+            await self.answer(
+                self.post(request, recipient, timeout_s=timeout_s, sender=sender, lane=lane, parent=parent)
+            ),
         )
 
     async def answer(self, envelope: Envelope) -> Any:
@@ -227,7 +238,6 @@ class Exchange:
                     f"within its deadline, it is with {where}: started work goes on and is recorded"
                 ),
             )
-            self.tracer.message("spine.message.expired", envelope, envelope.holder or envelope.recipient)
 
     def dead_letter(self, envelope: Envelope, error: SpineError) -> None:
         """Nobody can take the envelope."""
@@ -272,10 +282,10 @@ class Exchange:
         future = envelope.reply_to
         if future is not None and future.cancelled():
             self.cancel(envelope)
-        elif self._end(envelope, end) and future is not None:
+        elif self._end(envelope, end, error) and future is not None:
             future.set_exception(error)
 
-    def _end(self, envelope: Envelope, end: End) -> bool:
+    def _end(self, envelope: Envelope, end: End, error: BaseException | None = None) -> bool:
         ledger = self.ledger
         if envelope.done:
             ledger.late_replies += 1
@@ -286,9 +296,17 @@ class Exchange:
         del ledger.open[envelope.number]
         ledger.ended[end] += 1
         self.deadlines.discard(envelope.deadline, envelope)
+        if self.tracer.messages:
+            self._trace_end(envelope, end, error)
         if envelope.credit:
             self._release()
         return True
+
+    def _trace_end(self, envelope: Envelope, end: End, error: BaseException | None) -> None:
+        facts: dict[str, Any] = {} if error is None else {"error_type": type(error).__name__, "error": str(error)}
+        if envelope.taken:
+            facts["handle_ms"] = round((self._now() - envelope.taken) * 1e3, 3)
+        self.tracer.message(END_EVENTS[end], envelope, envelope.holder or envelope.recipient, **facts)
 
     def _release(self) -> None:
         """Hand the credit to the next in turn, or put it back."""

@@ -6,8 +6,6 @@ import random
 
 from spine.kernel.clock import Clock
 
-_VERSION_AND_VARIANT = (0x7 << 76) | (0x2 << 62)
-
 
 class Ids:
     """Makes ids; with a ``seed`` and a virtual clock the same ones every time.
@@ -19,14 +17,18 @@ class Ids:
         self._time_us = clock.time_us
         self._random = random.Random(seed)  # noqa: S311  ids name things, they protect nothing
         self._bits = self._random.getrandbits
+        self._millisecond = -1
+        self._prefix = ""
 
     def uuid(self) -> str:
         """A UUIDv7 in its 36-character form: sorts by millisecond."""
-        bits = self._bits(76)
-        high = (self._time_us() // 1000) << 80
-        value = high | _VERSION_AND_VARIANT | ((bits >> 62 & 0xFFF) << 64) | (bits & ((1 << 62) - 1))
-        text = f"{value:032x}"
-        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        millisecond = self._time_us() // 1000
+        if millisecond != self._millisecond:
+            text = f"{millisecond:012x}"
+            self._millisecond, self._prefix = millisecond, f"{text[:8]}-{text[8:]}-7"
+        bits = self._bits(74)
+        variant = 0x8000 | (bits >> 12 & 0x3FFF)
+        return f"{self._prefix}{bits & 0xFFF:03x}-{variant:04x}-{bits >> 26:012x}"
 
     def trace_id(self) -> str:
         """A W3C trace id: 32 hex characters, not all zero."""

@@ -41,7 +41,7 @@ class Envelope:
 
     ``number`` identifies it within its exchange (``Exchange.msg_id`` renders it), ``seq`` is the order in which the
     router stamped it, ``deadline`` and ``enqueued`` are monotonic seconds, ``holder`` names the actor that has taken
-    it and ``done`` tells that it has had its one end.
+    it, ``taken`` when (set while messages are traced), and ``done`` tells that it has had its one end.
     """
 
     __slots__ = (
@@ -59,6 +59,7 @@ class Envelope:
         "reply_to",
         "sender",
         "seq",
+        "taken",
         "trace",
     )
 
@@ -90,6 +91,7 @@ class Envelope:
         self.causation = causation
         self.credit = credit
         self.seq = 0
+        self.taken = 0.0
         self.holder: str | None = None
         self.done = False
 

@@ -162,7 +162,9 @@ class Supervisor:
                 await self._serve(group)
             finally:
                 if self._exchange.closed is None:
-                    self._exchange.close(SpineFailed("the supervisor itself ended: read the log and restart the process"))
+                    self._exchange.close(
+                        SpineFailed("the supervisor itself ended: read the log and restart the process")
+                    )
                 group.cancel_scope.cancel()
 
     async def _serve(self, group: TaskGroup) -> None:

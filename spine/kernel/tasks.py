@@ -21,14 +21,17 @@ class Tasks:
         self._owner = owner
         self._limit = limit
         self._on_crash = on_crash
+        self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Start the work; raises ``Overloaded`` at the limit."""
+    def spawn(self, work: Coroutine[Any, Any, None], name: str = "") -> asyncio.Task[None]:
+        """Start the work, with a name if it is worth one; raises ``Overloaded`` at the limit."""
         if len(self._tasks) >= self._limit:
             work.close()
             raise Overloaded(f"{self._owner} runs {self._limit} tasks already: ask again later")
-        task = asyncio.create_task(work, name=name)
+        task = self._loop.create_task(work)
+        if name:
+            task.set_name(name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task

@@ -30,7 +30,9 @@ class Blocked:
 class Watchdog:
     """Watches one loop; ``names`` tells which code object belongs to which handler or rule."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, tracer: Tracer, names: Mapping[CodeType, str], *, limit_s: float) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, tracer: Tracer, names: Mapping[CodeType, str], *, limit_s: float
+    ) -> None:
         self._loop = loop
         self._tracer = tracer
         self._names = names

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import anyio
 import anyio.to_thread
@@ -14,7 +14,7 @@ import anyio.to_thread
 from spine.explain.story import ABORTED_STATES
 from spine.explain.totals import Totals, totals
 from spine.governance.operations import OperationContext, OperationResult
-from spine.governance.transactions import CompletionConflict, TransactionFailed
+from spine.governance.transactions import CompleteRun, CompletionConflict, TransactionFailed, completion_digest
 from spine.kernel.errors import NotRunning, SpineError, SpineFailed
 from spine.replay.ledger import RunLedger
 from spine.replay.lines import (
@@ -98,6 +98,8 @@ class Replay:
         self._load = _Load()
         self._changed = anyio.Event()
         self._stop = anyio.Event()
+        self._abandoned = False
+        self._scope: anyio.CancelScope | None = None
         self._recorded: dict[str, RecordedOutcome] = {}
 
     @property
@@ -131,6 +133,7 @@ class Replay:
         """
         self._reader = reader
         async with anyio.create_task_group() as group:
+            self._scope = group.cancel_scope
             async for numbered in self._lines():
                 job = self._check(numbered)
                 if job is None:
@@ -149,12 +152,17 @@ class Replay:
                     group.start_soon(self._serve, run_id)
                 else:
                     lane.append(job)
-            if self._stop.is_set():
-                # What is under way is answered and recorded; only a call that hangs is given up.
-                group.cancel_scope.deadline = anyio.current_time() + STOP_WITHIN_S
 
     def stop(self) -> None:
-        """Take no more lines; what is under way ends and is recorded."""
+        """Send no more lines; what is under way ends and is recorded."""
+        self._abandoned = True
+        if self._scope is not None:
+            # What is under way is answered and recorded; only a call that hangs is given up.
+            self._scope.deadline = anyio.current_time() + STOP_WITHIN_S
+        self._end()
+
+    def _end(self) -> None:
+        """Read no more lines; those that were read before are still sent."""
         self._stop.set()
         self._notify()
 
@@ -202,6 +210,8 @@ class Replay:
                 # A line repaired later must not shift the keys of those after it.
                 self._next_key(bad.run_id)
             self._reject(numbered.number, str(bad))
+            if self._strict:
+                self._end()
             return None
 
     def _next_key(self, run_id: str) -> str:
@@ -209,8 +219,9 @@ class Replay:
 
     async def _serve(self, run_id: str) -> None:
         lane = self._load.lanes[run_id]
-        while lane and self.failure is None:
+        while lane and not self._abandoned:
             job = lane.popleft()
+            refused = self.rejected_lines + self.unrecorded_lines
             try:
                 await self._send(job)
             except (SpineFailed, NotRunning) as error:
@@ -218,6 +229,8 @@ class Replay:
                 self.stop()
             except SpineError as error:
                 self._unrecorded(job.number, str(error))
+            if self._strict and self.rejected_lines + self.unrecorded_lines > refused:
+                self.stop()
             self._load.lines -= 1
             self._load.bytes -= job.size
             self.progress(1)
@@ -236,19 +249,21 @@ class Replay:
                 await self._complete(job, line)
 
     async def _complete(self, job: _Job, line: RunCompleted) -> None:
+        payload: dict[str, Any] = {
+            "tenant_id": job.tenant_id,
+            "run_status": line.run_status,
+            "agent_id": line.agent_id,
+            "error_code": line.error_code,
+            "error_message": line.error_message,
+        }
         earlier = await self._reader.transaction(line.run_id, "") if self._reader is not None else None
         if earlier is not None and earlier.state in ABORTED_STATES:
             # It was rolled back when it was sent before: another attempt would make the record longer, not better.
+            if earlier.digest != completion_digest(CompleteRun(run_id=line.run_id, **payload)):
+                self._reject(job.number, f"the completion of run {line.run_id!r} was rolled back with another payload")
             return
         try:
-            await self._spine.complete_run(
-                line.run_id,
-                tenant_id=job.tenant_id,
-                run_status=line.run_status,
-                agent_id=line.agent_id,
-                error_code=line.error_code,
-                error_message=line.error_message,
-            )
+            await self._spine.complete_run(line.run_id, **payload)
         except CompletionConflict as error:
             self._reject(job.number, str(error))
         except TransactionFailed as error:
@@ -291,14 +306,10 @@ class Replay:
     def _reject(self, number: int, reason: str) -> None:
         self.rejected_lines += 1
         self._refuse(number, reason)
-        if self._strict:
-            self.stop()
 
     def _unrecorded(self, number: int, reason: str) -> None:
         self.unrecorded_lines += 1
         self._refuse(number, f"not recorded: {reason}")
-        if self._strict:
-            self.stop()
 
     def _notify(self) -> None:
         self._changed.set()

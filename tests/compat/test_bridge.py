@@ -193,14 +193,16 @@ class TestWaiting:
     def test_an_answer_after_many_looks(self, bridge: Bridge, spine: FakeSpine) -> None:
         assert bridge.ask(Echo("slow", delay_s=0.4)) == "slow"
 
-    def test_a_closed_loop_is_told_at_once(self, bridge: Bridge) -> None:
+    @pytest.mark.parametrize("stopped", [True, False])
+    def test_a_closed_loop_is_told_at_once(self, bridge: Bridge, stopped: bool) -> None:
         made = FakeSpine()
         with running_elsewhere(made) as loop:
             bridge.connect(made)
             assert bridge.ask(Echo(1)) == 1
         assert loop.is_closed()
+        made.is_running = not stopped
         started = time.monotonic()
-        with pytest.raises(NotRunning, match="is closed"):
+        with pytest.raises(NotRunning, match="not running" if stopped else "is closed"):
             bridge.ask(Echo(2))
         assert time.monotonic() - started < 1
 
@@ -335,7 +337,7 @@ class TestOwn:
     def test_a_stop_that_hangs_does_not_hold_the_process(self) -> None:
         done = script(
             "import compat.bridge\n"
-            "compat.bridge.GRACE_S = 0.3\n"
+            "compat.bridge.STOP_S = 0.3\n"
             "async def hang(self):\n"
             "    await asyncio.sleep(3600)\n"
             "FakeSpine.stop = hang\n"
@@ -365,9 +367,9 @@ class TestFork:
         done = script(
             FORK + "print(bridge.ask(Echo('parent')))\n"
             "print(child(lambda: print(bridge.ask(Echo('child')), FakeSpine.started)))\n"
-            "print(bridge.ask(Echo('parent still')), FakeSpine.started)\n"
+            "print(bridge.ask(Echo('parent again')), FakeSpine.started)\n"
         )
-        assert done.stdout.splitlines() == ["parent", "child 2", "0", "parent still 1"], done.stderr
+        assert done.stdout.splitlines() == ["parent", "child 2", "0", "parent again 2"], done.stderr
 
     def test_forked_while_other_threads_call(self) -> None:
         done = script(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import spine
+from spine.cli import main
 
 ROOT = Path(next(iter(spine.__path__))).parent
 RECORDED = ROOT.parent / "shared" / "data" / "agent-runs.jsonl"
@@ -31,6 +35,14 @@ def run(
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+def inside(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process: for the many cases in which no process of its own is at stake."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main.run([*map(str, args)])
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
 def ok(*args: str | Path, **kwargs: Any) -> str:
     done = run(*args, **kwargs)
     assert done.returncode == 0, done.stderr
@@ -44,9 +56,9 @@ def told(*args: str | Path, code: int = 0, **kwargs: Any) -> Any:
     return json.loads(done.stdout)
 
 
-def refused(*args: str | Path, code: int = 2, **kwargs: Any) -> str:
+def refused(*args: str | Path, code: int = 2, by: Callable[..., Any] = run, **kwargs: Any) -> str:
     """The one line of an error."""
-    done = run(*args, **kwargs)
+    done = by(*args, **kwargs)
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     assert done.stdout == ""
     lines = done.stderr.splitlines()

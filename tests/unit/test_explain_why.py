@@ -293,8 +293,8 @@ def test_long_reasons_are_cut_in_the_text_and_whole_in_json() -> None:
 
 
 def test_no_rows_is_a_lookup_error() -> None:
-    with pytest.raises(LookupError, match="no journal rows"):
-        explain([], now_us=0)
+    with pytest.raises(LookupError, match="no journal row tells of run 'lost'"):
+        explain([], now_us=0, run_id="lost")
 
 
 def test_the_contract_is_reconciled_with_the_acknowledgements() -> None:

@@ -1,0 +1,166 @@
+"""Verification: recompute chain, copied columns, head and projections, and name every place that does not fit."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Final
+
+from sqlalchemy import Engine
+
+from spine.journal.chain import STREAM
+from spine.journal.engine import (
+    Target,
+    check_version,
+    parse_url,
+    read_only_uri,
+    reading_engine,
+    stored_version,
+    unavailable,
+)
+from spine.journal.rebuild import Rebuild, ordered
+from spine.journal.scan import ROW_COLUMNS, Break, ChainCheck
+from spine.kernel.errors import JournalError
+
+__all__ = ["Break", "VerifyReport", "verify"]
+
+_PAGE: Final = 1_000
+_JOURNAL: Final = f"SELECT {', '.join(ROW_COLUMNS)} FROM journal WHERE stream = '{STREAM}'"
+_STRANGERS: Final = f"SELECT stream, seq FROM journal WHERE stream < '{STREAM}' OR stream > '{STREAM}'"
+_HEADS: Final = "SELECT stream, size, hash FROM journal_head ORDER BY stream"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was found: whether all fits, how many rows there are, every break, and the chain's end as found."""
+
+    ok: bool
+    rows: int
+    breaks: list[Break]
+    head: tuple[int, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as ``spine verify --json`` shows it."""
+        breaks = [{"stream": found.stream, "seq": found.seq, "kind": found.kind} for found in self.breaks]
+        return {"ok": self.ok, "rows": self.rows, "breaks": breaks}
+
+
+def verify(url: str, checkpoints: Sequence[tuple[int, str]] = ()) -> VerifyReport:
+    """Verify the journal at ``url`` as it is at this moment; writers may go on.
+
+    ``checkpoints`` are (number of rows, hash of the last of them in hex) as kept outside the database: a chain that was
+    rewritten whole differs from them. Raises JournalError when it cannot be verified: there is none, its schema is
+    another version's, or the database cannot be read.
+    """
+    target = parse_url(url)
+    kept: dict[int, set[str]] = {}
+    for size, digest in checkpoints:
+        kept.setdefault(size, set()).add(digest.lower())
+    try:
+        return _verify(target, kept)
+    except JournalError:
+        raise
+    except Exception as error:
+        raise unavailable(target, error) from error
+
+
+def _verify(target: Target, kept: dict[int, set[str]]) -> VerifyReport:
+    engine, check = reading_engine(target), ChainCheck(kept)
+    with ExitStack() as stack:
+        stack.callback(engine.dispose)
+        source = stack.enter_context(_snapshot(engine, target))
+        check_version(stored_version(source.connection, target), target)
+        rebuild = stack.enter_context(closing(Rebuild()))
+        indexes = stack.enter_context(_index_check(target))
+        for page in source.pages():
+            rebuild.take(check.take(page))
+        for page in source.read(_STRANGERS):
+            check.breaks += [Break(str(stream), _number(seq), "head", "another stream") for stream, seq in page]
+        check.finish([head for page in source.read(_HEADS) for head in page])
+        rebuild.compare(lambda table: chain.from_iterable(source.read(ordered(table))))
+        breaks = sorted({*check.breaks, *rebuild.breaks, *indexes()})
+    return VerifyReport(not breaks, check.rows, breaks, (check.last, check.stored.hex()))
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+@dataclass(slots=True)
+class _Source:
+    """One transaction that sees the database at one moment, and reads it page by page."""
+
+    target: Target
+    connection: Any
+
+    def pages(self) -> Iterator[Sequence[Sequence[Any]]]:
+        """The journal's main stream in order."""
+        try:
+            last = None
+            for page in self.read(f"{_JOURNAL} ORDER BY seq"):
+                yield page
+                last = page[-1][0]
+        except sqlite3.OperationalError as error:
+            if "decode" not in str(error):
+                raise
+        else:
+            return
+        # Some text is no longer UTF-8: from here on, undecodable bytes are kept as they are, for the hash to tell.
+        self.connection.text_factory = _lenient
+        rest = _JOURNAL if last is None else f"{_JOURNAL} AND seq > ?"
+        yield from self.read(f"{rest} ORDER BY seq", () if last is None else (last,))
+
+    def read(self, sql: str, params: Sequence[Any] = ()) -> Iterator[list[Any]]:
+        """The rows of a query, a page at a time."""
+        if self.target.dialect == "sqlite":
+            cursor = self.connection.execute(sql, params)
+        else:
+            cursor = self.connection.cursor(name="spine_verify")
+            cursor.execute(sql)
+        try:
+            while page := cursor.fetchmany(_PAGE):
+                yield page
+        finally:
+            cursor.close()
+
+
+def _lenient(stored: bytes) -> str:
+    return stored.decode("utf-8", "surrogateescape")
+
+
+@contextmanager
+def _snapshot(engine: Engine, target: Target) -> Iterator[_Source]:
+    proxy = engine.raw_connection()
+    connection: Any = proxy.driver_connection
+    try:
+        if target.dialect == "sqlite":
+            connection.execute("BEGIN")
+        else:
+            from psycopg import IsolationLevel
+
+            connection.isolation_level = IsolationLevel.REPEATABLE_READ
+        yield _Source(target, connection)
+    finally:
+        connection.rollback()
+        proxy.close()
+
+
+@contextmanager
+def _index_check(target: Target) -> Iterator[Callable[[], list[Break]]]:
+    """SQLite's own check that every index finds what its table holds, on another thread; nothing on PostgreSQL."""
+    if target.dialect != "sqlite":
+        yield list
+        return
+    uri = read_only_uri(target)
+
+    def check() -> list[Break]:
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+            said = [line for (line,) in connection.execute("PRAGMA integrity_check")]
+        return [] if said == ["ok"] else [Break(STREAM, 0, "index", "; ".join(map(str, said)))]
+
+    with ThreadPoolExecutor(1, "spine-verify") as threads:
+        yield threads.submit(check).result

@@ -1,0 +1,1 @@
+from compat.run_governance_facade import *  # noqa: F403

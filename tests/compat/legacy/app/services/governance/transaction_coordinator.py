@@ -1,0 +1,1 @@
+from compat.transaction_coordinator import *  # noqa: F403
