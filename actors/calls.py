@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import anyio
 import anyio.to_thread
 import structlog
 from pydantic import BaseModel
@@ -35,6 +36,7 @@ class Call:
         "envelope",
         "handling",
         "key",
+        "limiter",
         "missing",
         "name",
         "on_stuck",
@@ -80,6 +82,7 @@ class Call:
         self.begins_run = False
         self.preset = False
         self.told: str | None = None
+        self.limiter: anyio.CapacityLimiter | None = None
         self.on_stuck: Callable[[Call], None] | None = None
 
     def let_go(self) -> None:
@@ -131,7 +134,7 @@ async def run_handler(call: Call) -> OperationResult:
         if operation.is_async:
             value = await operation.handler(ctx)
         else:
-            value = await anyio.to_thread.run_sync(operation.handler, ctx, abandon_on_cancel=True)
+            value = await anyio.to_thread.run_sync(operation.handler, ctx, abandon_on_cancel=True, limiter=call.limiter)
     except asyncio.CancelledError:
         return _cancelled(call)
     except Exception as error:  # noqa: BLE001  a handler is foreign code: its failure is an outcome, recorded

@@ -153,8 +153,8 @@ class Conduct:
             call.verdict = Verdict(refusal, state)
             self._deps.counts.decided(call.verdict)
         else:
-            self._authority._check_authority(call, starts_run=starts)  # noqa: SLF001  the design fixes the name
-        return await self._authority._audit_dispatch(call, starts_run=starts)  # noqa: SLF001
+            self._authority._check_authority(call, starts_run=starts)
+        return await self._authority._audit_dispatch(call, starts_run=starts)
 
     def _foreign(self, call: Call) -> AuthorityDecision:
         if call.key is not None:
@@ -207,7 +207,7 @@ class Conduct:
         handle_us = round((self._now() - began) * 1e6)
         if call.key is not None:
             result = records.storable(call.name, result)
-        outcome = await self._authority._audit_dispatch(call, result, handle_us=handle_us)  # noqa: SLF001
+        outcome = await self._authority._audit_dispatch(call, result, handle_us=handle_us)
         if outcome is None or isinstance(outcome, Committed):
             return self.result(call, result, outcome is not None)
         detail = outcome.error if isinstance(outcome, StorageFailed) else repr(outcome)

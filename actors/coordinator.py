@@ -16,8 +16,8 @@ from actors import completion
 from actors.completion import Plan
 from actors.dependencies import Dependencies
 from actors.outbox import Outbox, PendingEvents
-from actors.records import flat_text, text
 from actors.recorder import Recorder
+from actors.records import flat_text, text
 from actors.starts import implicit_start
 from spine.domains import Participant, RunFacts, lesson_row, policy_evaluation_row
 from spine.governance.authority import check_start

@@ -66,6 +66,7 @@ class Outbox:
         self._tasks = tasks
         self._lines: dict[str, _Line] = {}
         self._queued: set[str] = set()
+        self._delivered: set[str] = set()
         self._gate = asyncio.Semaphore(DELIVERIES)
         self.failures = 0
         self.published = 0
@@ -100,6 +101,8 @@ class Outbox:
         """Deliver what an earlier process left, and what did not fit; until cancelled."""
         clock = self._exchange.clock
         while True:
+            # What is delivered while the journal is read is pending in that reading only.
+            self._delivered.clear()
             try:
                 pending = await self._source.pending_events(QUEUED_MOST)
             except JournalError as error:
@@ -107,7 +110,8 @@ class Outbox:
                 pending = []
             runs: dict[str, list[Event]] = {}
             for body in pending:
-                runs.setdefault(body["run_id"], []).append(event_of(body))
+                if body["event_id"] not in self._delivered:
+                    runs.setdefault(body["run_id"], []).append(event_of(body))
             for events in runs.values():
                 if events[0].run_id not in self._lines:
                     self.deliver(events)
@@ -120,6 +124,7 @@ class Outbox:
                 await self._deliver(delivery)
                 line.waiting.popleft()
                 self._queued.difference_update(event.event_id for event in delivery.events)
+                self._delivered.update(event.event_id for event in delivery.events)
         finally:
             del self._lines[run_id]
             for delivery in line.waiting:

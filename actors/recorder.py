@@ -32,7 +32,7 @@ class Recorder:
         self._idle = asyncio.Event()
         self._idle.set()
         self._pending: list[Record] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self.buffered_rows = 0
         self.buffered_lost = 0
 
@@ -71,9 +71,15 @@ class Recorder:
         self.buffered_rows += 1
         if len(pending) >= BUFFER_ROWS:
             self._send()
-        elif self._timer is None:
+        elif len(pending) == 1:
             self._idle.clear()
-            self._timer = self._exchange.loop.call_later(BUFFER_S, self._send)
+            self._due = self._exchange.clock.monotonic() + BUFFER_S
+            self._exchange.deadlines.add(self._due, self)
+
+    def expire(self) -> None:
+        """The oldest buffered record has waited long enough."""
+        if self._pending:
+            self._send()
 
     async def flushed(self) -> None:
         """Return once nothing is buffered any more."""
@@ -84,9 +90,7 @@ class Recorder:
     def _send(self) -> None:
         records, self._pending = self._pending, []
         self._idle.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._exchange.deadlines.discard(self._due, self)
         if records:
             self._send_unit(records)
 

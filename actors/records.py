@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import orjson
 
 from actors.calls import Call
-from spine.governance.authority import AuthorityDecision, GovernanceState, RuleOutcome, Verdict, flat
+from spine.governance.authority import ALLOW, AuthorityDecision, GovernanceState, RuleOutcome, Verdict, flat
 from spine.governance.contract import Expectation
 from spine.governance.operations import OperationResult
 from spine.governance.params import PARAMS_MOST_BYTES
@@ -72,8 +73,10 @@ def decision_record(call: Call, verdict: Verdict, *, at: int, instance: str, eva
     return Record("decision", at, fields)
 
 
-def _rule(outcome: RuleOutcome) -> dict[str, Any]:
+def _rule(outcome: RuleOutcome) -> Mapping[str, Any]:
     said, rule = outcome.said, outcome.rule
+    if said is ALLOW and outcome.determined:
+        return rule.allowed
     return {
         "id": rule.id,
         "version": rule.version,

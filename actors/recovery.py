@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from actors.audit import COMMIT_S, NAME, RenewLease
-from actors.records import interrupted_record
 from actors.recorder import Recorder
+from actors.records import interrupted_record
 from spine.governance.units import Committed, GuardFailed, Record
 from spine.kernel.errors import JournalError, SpineError
 from spine.kernel.exchange import Exchange

@@ -11,6 +11,8 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any, assert_never
 
+import anyio
+
 from actors import records
 from actors.calls import Call
 from actors.conduct import Conduct
@@ -52,6 +54,12 @@ class Registry(Actor):
         self._tasks = Tasks(NAME, limit=dependencies.calls_most, on_crash=self._task_crashed)
         self._slots = Slots(dependencies.operations, self.exchange.deadlines, self._slot_timeout)
         self._conduct = Conduct(self, dependencies)
+        # A thread for each slot: anyio's shared limit would let one slow operation stall every other.
+        self._limiters = {
+            name: anyio.CapacityLimiter(operation.concurrency)
+            for name, operation in dependencies.operations.items()
+            if not operation.is_async
+        }
         self._calls: set[Call] = set()
 
     def __repr__(self) -> str:
@@ -108,6 +116,7 @@ class Registry(Actor):
         call = Call(envelope, request, operation, name, self.exchange.clock.monotonic())
         call.decision_id = deps.ids.uuid()
         call.on_stuck = self._stuck
+        call.limiter = self._limiters.get(name)
         refusal = self._refusal(call, timeout)
         if refusal is not None or operation is None or self._slots.take(call):
             self._begin(call, refusal)
@@ -241,7 +250,7 @@ class Registry(Actor):
     def _log(self, call: Call, record: Record) -> None:
         tracer, fields = self.exchange.tracer, record.fields
         event = "spine.decision" if record.kind == "decision" else "spine.outcome"
-        chosen = {
+        chosen: dict[str, Any] = {
             name: fields[name]
             for name in (
                 "decision_id", "tenant_id", "operation", "allowed", "code", "reason", "effect", "success", "error_code",

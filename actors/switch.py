@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Protocol
 
-from actors.records import governance_changed, text
 from actors.recorder import Recorder
+from actors.records import governance_changed, text
 from spine.governance.authority import (
     BYPASS_DEFAULT_S,
     BYPASS_MOST_S,

@@ -11,6 +11,7 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast
 
+import anyio
 from pydantic import BaseModel
 
 from spine._install import check_install
@@ -34,7 +35,7 @@ from spine.kernel.exchange import ROUTER, Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope, Lane, Request
 from spine.kernel.router import Router
-from spine.kernel.supervisor import ChildSpec, Receipt, Supervisor
+from spine.kernel.supervisor import START_UNDO_S, ChildSpec, Receipt, Supervisor
 from spine.kernel.tracing import Level, Tracer
 from spine.kernel.watchdog import Watchdog
 from spine.publisher import LogPublisher, Publisher
@@ -349,14 +350,19 @@ class Spine(Declarations):
         return exchange.post(request, recipient, timeout_s=timeout_s + margin, lane=lane, reserved=reserved)
 
     async def _ask(self, request: Request[T], *, timeout_s: float = CALL_S, wait: bool = False) -> T:
+        exchange = self._use().exchange
         if wait:
-            exchange = self._use().exchange
             began = exchange.clock.monotonic()
             await exchange.reserve(timeout_s)
             if isinstance(request, Execute) and not timeout_problem(request.timeout_s):
                 request.timeout_s = max(1e-3, timeout_s - (exchange.clock.monotonic() - began))
-        envelope = self._post(request, timeout_s=timeout_s, reserved=wait)
-        return cast(T, await envelope.exchange.answer(envelope))
+        try:
+            envelope = self._post(request, timeout_s=timeout_s, reserved=wait)
+        except BaseException:
+            if wait:
+                exchange.unreserve()
+            raise
+        return cast(T, await exchange.answer(envelope))
 
 
 def _bounded(timeout_s: object) -> float:
@@ -415,7 +421,9 @@ class _System:
         try:
             await self.supervisor.start()
         except BaseException:
-            await self._close_journal()
+            with anyio.CancelScope(shield=True, deadline=anyio.current_time() + self._settings.stop_s):
+                await self.supervisor.stop(START_UNDO_S)
+                await self._close_journal()
             raise
         self.watchdog.start()
 
@@ -472,6 +480,7 @@ class _System:
                 "buffered_rows": deps.recorder.buffered_rows,
                 "buffered_lost": deps.recorder.buffered_lost,
                 "unrecorded": len(deps.recovery.unrecorded),
+                "log_events_lost": exchange.tracer.lost,
             },
             restarts=supervisor.restarted,
             crashes=tuple(asdict(crash) for crash in supervisor.crashes),

@@ -42,24 +42,25 @@ def ops(
     if as_json:
         print_json(items)
     elif items:
-        print_table(_HEADERS, [_row(item) for item in items])
+        shown = _HEADERS if registered is None else (*_HEADERS, "registered")
+        print_table(shown, [_row(item) for item in items])
     else:
         print("no operations")
     return 0
 
 
 _COUNTS = ("calls", "allowed", "denied", "degraded", "failed")
-_HEADERS = ("operation", *_COUNTS, "p50 handler ms", "registered")
+_HEADERS = ("operation", *_COUNTS, "p50 handler ms")
 
 
 def _row(item: dict[str, Any]) -> tuple[str, list[str]]:
     from spine.explain.text import printable
 
     p50 = item["p50_handle_ms"]
-    known = {None: "unknown", True: "yes", False: "no"}[item["registered"]]
+    known = [] if item["registered"] is None else ["yes" if item["registered"] else "no"]
     counts = [str(item[name]) for name in _COUNTS]
     style = "bad" if item["failed"] or item["denied"] else ""
-    return style, [printable(item["operation"]), *counts, "unknown" if p50 is None else f"{p50:.2f}", known]
+    return style, [printable(item["operation"]), *counts, "unknown" if p50 is None else f"{p50:.2f}", *known]
 
 
 def verify(
@@ -114,11 +115,17 @@ def health(db: Database = None, as_json: AsJson = False) -> int:
     print_lines(
         [
             ("good" if state == "active" else "warn", f"authority {printable(state)}"),
-            *(("", f"  {name}: {printable(value)}") for name, value in found["governance"].items() if name != "state"),
+            *(("", f"  {name}: {_or_none(value)}") for name, value in found["governance"].items() if name != "state"),
             *(("", f"{name}: {printable(value)}") for name, value in found.items() if name != "governance"),
         ]
     )
     return 0
+
+
+def _or_none(value: Any) -> str:
+    from spine.explain.text import printable
+
+    return "-" if value in (None, "") else printable(value)
 
 
 async def _health(url: str) -> dict[str, Any]:

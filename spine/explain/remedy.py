@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spine.explain.cause import Cause, decisive_denial, failed_domain
-from spine.explain.story import ABORTED_STATES, PARKED, JournalRow, Story, items_of, text_of
+from spine.explain.story import ABORTED_STATES, COMMITTED, PARKED, JournalRow, Story, items_of, text_of
 
 _RESTORE = "run: spine restore --reason WHY --actor YOU, then start the run again"
 _DENIAL_REMEDIES = {
@@ -59,11 +59,16 @@ def _after_denial(story: Story) -> str:
         return known
     rule = _determining_rule(row)
     if rule is None:
-        return "Change what the reason names, and call again."
+        return f"Change what the reason names, and {_again(story)}."
     if code == "RULE_ERROR":
         return f"Repair rule {rule}: it raised, and a rule that raises denies."
-    tail = "start the run again" if row is story.refused_start else "repeat the operation"
-    return f"Change what rule {rule} objects to, or the rule itself, and {tail}."
+    return f"Change what rule {rule} objects to, or the rule itself, and {_again(story)}."
+
+
+def _again(story: Story) -> str:
+    if story.started is None:
+        return "start the run again"
+    return "run the task again under a new run id" if story.in_state(COMMITTED) else "repeat the operation"
 
 
 def _determining_rule(row: JournalRow | None) -> str | None:

@@ -116,9 +116,8 @@ def _ms(value: float | None) -> str:
 def _completion(transaction: Mapping[str, Any] | None) -> list[Line]:
     if transaction is None:
         return [("head", "completion: none recorded")]
-    lines: list[Line] = [
-        ("head", f"completion {printable(transaction['state'])}, phase {printable(transaction['phase'])}")
-    ]
+    state, phase = printable(transaction["state"]), printable(transaction["phase"])
+    lines: list[Line] = [("head", f"completion {state}" + (f", reached {phase}" if phase != state else ""))]
     for domain in transaction["domains"]:
         error = f": {printable(domain['error'])}" if domain["error"] is not None else ""
         result = f" {printable(domain['result_id'])}" if domain["result_id"] is not None else ""
@@ -130,9 +129,12 @@ def _completion(transaction: Mapping[str, Any] | None) -> list[Line]:
 def _contract(contract: Mapping[str, Any] | None) -> list[Line]:
     if contract is None:
         return [("head", "contract: nothing was promised")]
-    lines: list[Line] = [("head", f"contract {printable(contract['overall'])}")]
-    for promise in contract["expectations"]:
-        style = {"met": "", "pending": "warn"}.get(promise["status"], "bad")
+    promises = contract["expectations"]
+    unmet = [promise for promise in promises if promise["status"] != "met"]
+    met = f"{len(promises) - len(unmet)} of {len(promises)} met"
+    lines: list[Line] = [("head", f"contract {printable(contract['overall'])}, {met}")]
+    for promise in unmet:
+        style = "warn" if promise["status"] == "pending" else "bad"
         lines.append((style, f"  {printable(promise['domain'])}/{printable(promise['action'])} {promise['status']}"))
     return lines
 

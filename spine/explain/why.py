@@ -11,7 +11,7 @@ from spine.explain.cause import Cause, find_cause
 from spine.explain.contract import contract
 from spine.explain.decisions import DecisionLine, decision_lines
 from spine.explain.remedy import next_step
-from spine.explain.story import ABORTED_STATES, COMMITTED, PARKED, Attempt, JournalRow, Story, read, text_of
+from spine.explain.story import ABORTED_STATES, COMMITTED, PARKED, Attempt, JournalRow, Story, flag_of, read, text_of
 from spine.explain.text import Line, explanation_lines
 
 EXIT_CODES = {"succeeded": 0, "denied": 3, "failed": 4, "rolled_back": 4, "parked": 4, "pending": 5}
@@ -159,6 +159,9 @@ def _notes(story: Story) -> list[str]:
         decision = story.started.body.get("decision")
         if isinstance(decision, Mapping) and decision.get("degraded"):
             notes.append(f"the start was flagged degraded: {decision.get('reason') or 'unknown'}")
+    attempt = _shown_attempt(story)
+    if attempt is not None and attempt.begun is not None and flag_of(attempt.begun.body, "authority_degraded"):
+        notes.append(f"the completion was flagged: {text_of(attempt.begun.body, 'authority_reason') or 'unknown'}")
     if len(story.attempts) > 1:
         notes.append(f"{len(story.attempts)} attempts to complete it are recorded; the last is shown")
     return notes

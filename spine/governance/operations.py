@@ -104,7 +104,10 @@ class OperationContext:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A registered handler; ``timeout_s`` in seconds (> 0), ``concurrency`` (>= 1) calls of it run at a time."""
+    """A registered handler; ``timeout_s`` in seconds (> 0), ``concurrency`` (>= 1) calls of it run at a time.
+
+    A handler that is not ``is_async`` runs in a worker thread.
+    """
 
     name: str
     handler: Handler
@@ -115,11 +118,7 @@ class Operation:
     idempotent: bool = False
     audit_fields: tuple[str, ...] | None = None
 
-    @property
-    def is_async(self) -> bool:
-        """Whether the handler is a coroutine function; any other runs in a worker thread."""
-        call = self.handler if inspect.isroutine(self.handler) else type(self.handler).__call__  # type: ignore[operator]
-        return inspect.iscoroutinefunction(self.handler) or inspect.iscoroutinefunction(call)
+    is_async: bool = True
 
 
 def declare(
@@ -149,7 +148,12 @@ def declare(
     if isinstance(audit_fields, str):
         raise ConfigurationError(f"operation {name!r}: audit_fields must be a sequence of names, not one text")
     fields = None if audit_fields is None else tuple(audit_fields)
-    return Operation(name, handler, params, timeout_s, concurrency, durability, idempotent, fields)
+    return Operation(name, handler, params, timeout_s, concurrency, durability, idempotent, fields, _is_async(handler))
+
+
+def _is_async(handler: Handler) -> bool:
+    call = getattr(type(handler), "__call__", None)
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(call)
 
 
 def _positive(seconds: object) -> bool:

@@ -127,8 +127,6 @@ class Exchange:
         """
         ingress = lane is Lane.INGRESS
         if self.closed is not None and ((ingress and parent is None) or isinstance(self.closed, SpineFailed)):
-            if reserved:
-                self._release()
             self.ledger.refused += 1
             raise type(self.closed)(*self.closed.args)
         if ingress and not reserved and self._credits <= 0:
@@ -202,6 +200,10 @@ class Exchange:
             raise
         finally:
             self.deadlines.discard(expiry, waiter)
+
+    def unreserve(self) -> None:
+        """Give a reserved credit back: its post was not admitted."""
+        self._release()
 
     def reply(self, envelope: Envelope, value: Any) -> None:
         """Answer an ask."""

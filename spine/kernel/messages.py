@@ -11,7 +11,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from spine.kernel.router import Exchange
+    from spine.kernel.exchange import Exchange
 
 R_co = TypeVar("R_co", covariant=True)
 

@@ -20,10 +20,15 @@ class Router(Actor):
         super().__init__(exchange)
         self._mailboxes: Mapping[str, Mailbox] = exchange.mailboxes
 
+    def traced(self, envelope: Envelope, moment: float) -> None:
+        """Said after the stamp instead, so that the event carries its seq."""
+
     def receive(self, envelope: Envelope) -> None:
         """Stamp and forward; what cannot be delivered becomes a dead letter."""
         exchange = self.exchange
         envelope.seq = exchange.last_seq = exchange.last_seq + 1
+        if exchange.tracer.messages:
+            super().traced(envelope, exchange.clock.monotonic())
         mailbox = self._mailboxes.get(envelope.recipient)
         if mailbox is None or envelope.recipient == ROUTER:
             exchange.dead_letter(

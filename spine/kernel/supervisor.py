@@ -16,7 +16,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from spine.kernel.actor import Actor
-from spine.kernel.errors import ActorCrashed, ConfigurationError, SpineFailed
+from spine.kernel.errors import ActorCrashed, ConfigurationError, SpineError, SpineFailed
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.mailbox import Passage
@@ -24,6 +24,8 @@ from spine.kernel.messages import Envelope, Stop
 from spine.kernel.restart import RestartType, Strategy, add_restart, backoff, restarts, wants_restart
 
 KILL_GRACE_S = 1.0
+# How long the children that had started get to stop when another could not start.
+START_UNDO_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,6 @@ class _Exit:
 
 
 @dataclass(slots=True)
-class _TryAgain:
-    child: str
-
-
-@dataclass(slots=True)
 class _Shutdown:
     deadline_s: float
 
@@ -118,8 +115,9 @@ class Supervisor:
         self._policy = policy or Policy()
         self._children = {spec.id: _Child(spec) for spec in specs}
         self._history: list[float] = []
-        self._tell, self._inbox = anyio.create_memory_object_stream[_Exit | _TryAgain | _Shutdown](8 * len(specs) + 8)
+        self._tell, self._inbox = anyio.create_memory_object_stream[_Exit | _Shutdown](8 * len(specs) + 8)
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
         self._started: asyncio.Future[None] = exchange.loop.create_future()
         self.restarted = 0
         self.crashes: list[CrashReport] = []
@@ -137,6 +135,14 @@ class Supervisor:
         if not self._task.done():
             self._tell.send_nowait(_Shutdown(deadline_s))
             await asyncio.wait([self._task], timeout=deadline_s + 2 * KILL_GRACE_S)
+        if not self._task.done():
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=KILL_GRACE_S)
+        told = {receipt.child for receipt in self.receipts}
+        for name, child in reversed(self._children.items()):
+            if name not in told:
+                left = child.task is not None and not child.task.done()
+                self.receipts.append(Receipt(name, "leaked" if left else "clean", 0.0))
         return self.receipts
 
     def states(self) -> dict[str, str]:
@@ -149,34 +155,36 @@ class Supervisor:
     async def _own(self) -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(self._exchange.deadlines.run, name="spine.deadlines")
+            starting = asyncio.create_task(self._start_all(), name="spine.supervisor.start")
             try:
-                for child in self._children.values():
-                    await self._start(child)
-                self._started.set_result(None)
-            except Exception as error:  # noqa: BLE001  supervision boundary: start() raises it to the embedding program
-                await self._shutdown(5.0)
-                self._started.set_exception(error)
-                group.cancel_scope.cancel()
-                return
-            try:
-                await self._serve(group)
+                await self._serve(group, starting)
             finally:
+                starting.cancel()
                 if self._exchange.closed is None:
-                    self._exchange.close(
-                        SpineFailed("the supervisor itself ended: read the log and restart the process")
-                    )
+                    self._exchange.close(SpineFailed("the supervisor itself ended: read the log, restart the process"))
                 group.cancel_scope.cancel()
 
-    async def _serve(self, group: TaskGroup) -> None:
+    async def _start_all(self) -> None:
+        try:
+            for child in self._children.values():
+                await self._start(child)
+        except Exception as error:  # noqa: BLE001  supervision boundary: start() raises it to the embedding program
+            await self._tell.send(_Shutdown(START_UNDO_S))
+            if not self._started.done():
+                self._started.set_exception(error)
+        else:
+            if not self._started.done():
+                self._started.set_result(None)
+
+    async def _serve(self, group: TaskGroup, starting: asyncio.Task[None]) -> None:
         async for message in self._inbox:
             match message:
                 case _Exit():
-                    if not self._exited(message, group):
-                        await self._shutdown(5.0)
+                    if not self._exited(message, group, first_start=not starting.done()):
+                        await self._shutdown(START_UNDO_S)
                         return
-                case _TryAgain(child=name):
-                    await self._start_again(self._children[name])
                 case _Shutdown(deadline_s=seconds):
+                    starting.cancel()
                     await self._shutdown(seconds)
                     return
                 case _:
@@ -185,26 +193,48 @@ class Supervisor:
     async def _start(self, child: _Child) -> None:
         child.generation += 1
         child.ready, child.ended = asyncio.Event(), asyncio.Event()
-        child.task = asyncio.create_task(
+        child.task = task = asyncio.create_task(
             self._incarnation(child, child.generation), name=f"spine.{child.spec.id}.{child.generation}"
         )
         waits = [asyncio.ensure_future(child.ready.wait()), asyncio.ensure_future(child.ended.wait())]
-        await asyncio.wait(waits, timeout=child.spec.start_s, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
+        try:
+            await asyncio.wait(waits, timeout=child.spec.start_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
         if child.ready.is_set():
             self._exchange.tracer.life("spine.actor.started", actor=child.spec.id, generation=child.generation)
             return
         if child.ended.is_set() and child.crash is not None and child.crash.__cause__ is not None:
             raise child.crash.__cause__
-        child.task.cancel()
+        task.cancel()
         raise SpineFailed(f"actor {child.spec.id!r} was not ready within {child.spec.start_s} s: see the log for why")
 
-    async def _start_again(self, child: _Child) -> None:
-        try:
-            await self._start(child)
-        except Exception as error:  # noqa: BLE001  supervision boundary: its exit message has already told of it
-            self._exchange.tracer.fault("spine.actor.start_failed", exc=error, actor=child.spec.id)
+    async def _restart(self, names: list[str], failed: str, delay: float) -> None:
+        """Stop the failed child's siblings in reverse, wait, then start all of ``names`` in order."""
+        for name in reversed(names):
+            if name != failed:
+                await self._halt(self._children[name])
+        await self._exchange.clock.sleep_until(self._exchange.clock.monotonic() + delay)
+        for name in names:
+            if self._stopping:
+                return
+            try:
+                await self._start(self._children[name])
+            except Exception as error:  # noqa: BLE001  supervision boundary: its exit message decides what follows
+                self._exchange.tracer.fault("spine.actor.start_failed", exc=error, actor=name)
+                return
+
+    async def _halt(self, sibling: _Child) -> None:
+        task = sibling.task
+        sibling.generation += 1
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task], timeout=sibling.spec.shutdown_s)
+        sibling.task = None
+        sibling.ready = asyncio.Event()
+        sibling.crash = ActorCrashed(sibling.spec.id, "-", len(self._history), "restarted with a sibling that crashed")
+        self._fail_taken(sibling, sibling.crash)
 
     async def _incarnation(self, child: _Child, generation: int) -> None:
         error: BaseException | None = None
@@ -227,23 +257,27 @@ class Supervisor:
         if error is not None and not child.ready.is_set():
             child.crash = self._crashed(child, error)
         child.ended.set()
-        self._tell.send_nowait(_Exit(child.spec.id, generation, error))
+        if not self._stopping:
+            self._tell.send_nowait(_Exit(child.spec.id, generation, error))
 
-    def _exited(self, exit_: _Exit, group: TaskGroup) -> bool:
+    def _exited(self, exit_: _Exit, group: TaskGroup, *, first_start: bool) -> bool:
         """Decide what follows an exit; ``False`` when the intensity is exceeded and everything fails."""
         child = self._children[exit_.child]
-        if exit_.generation != child.generation:
+        if exit_.generation != child.generation or (first_start and not child.ready.is_set()):
             return True
         child.task = None
         child.ready = asyncio.Event()
         exchange, policy = self._exchange, self._policy
         crashed = exit_.error is not None
-        self._history, allowed = add_restart(
-            self._history, exchange.clock.monotonic(), intensity=policy.intensity, period_s=policy.period_s
-        )
+        again = wants_restart(child.spec.restart, crashed=crashed)
+        allowed = True
+        if again:
+            self._history, allowed = add_restart(
+                self._history, exchange.clock.monotonic(), intensity=policy.intensity, period_s=policy.period_s
+            )
         if crashed:
             self._report(child, exit_.error)
-        if not wants_restart(child.spec.restart, crashed=crashed):
+        if not again:
             return True
         if not allowed:
             failure = SpineFailed(
@@ -254,24 +288,16 @@ class Supervisor:
             exchange.close(failure)
             return False
         self.restarted += 1
-        for name in restarts(policy.strategy, list(self._children), child.spec.id):
-            other = self._children[name]
-            if other is not child and other.task is not None:
-                other.task.cancel()
-                other.generation += 1
+        exchange.tracer.life("spine.actor.restarting", actor=child.spec.id, restart=len(self._history))
         delay = backoff(
             len(self._history),
             first_s=policy.backoff_first_s,
             most_s=policy.backoff_most_s,
             jitter=self._ids.uniform(0.0, 0.5),
         )
-        for name in restarts(policy.strategy, list(self._children), child.spec.id):
-            group.start_soon(self._later, delay, name, name=f"spine.restart.{name}")
+        names = restarts(policy.strategy, list(self._children), child.spec.id)
+        group.start_soon(self._restart, names, child.spec.id, delay, name=f"spine.restart.{child.spec.id}")
         return True
-
-    async def _later(self, delay: float, name: str) -> None:
-        await self._exchange.clock.sleep_until(self._exchange.clock.monotonic() + delay)
-        await self._tell.send(_TryAgain(name))
 
     def _crashed(self, child: _Child, error: BaseException) -> ActorCrashed:
         crash = ActorCrashed(child.spec.id, "-", len(self._history) + 1, f"{type(error).__name__}: {error}")
@@ -303,22 +329,26 @@ class Supervisor:
         }
         exchange.tracer.fault("spine.actor.crashed", exc=error, **facts)
         child.crash = ActorCrashed(name, "-", report.restart, report.error)
-        answered_later = type(child.actor).resume is not Actor.resume
-        for envelope in taken:
+        self._fail_taken(child, child.crash)
+
+    def _fail_taken(self, child: _Child, crash: ActorCrashed) -> None:
+        """End what the incarnation had taken, or keep it for the next one to answer."""
+        exchange = self._exchange
+        answered_later = type(child.actor).resume is not Actor.resume if child.actor is not None else False
+        for envelope in exchange.ledger.held_by(child.spec.id):
             if envelope.reply_to is None:
-                exchange.dead_letter(envelope, child.crash)
+                exchange.dead_letter(envelope, crash)
             elif answered_later:
-                child.taken.append(envelope)
+                if envelope not in child.taken:
+                    child.taken.append(envelope)
             else:
-                envelope.fail(
-                    ActorCrashed(name, str(exchange.tracer.msg_id(envelope.number)), report.restart, report.error)
-                )
+                msg_id = str(exchange.tracer.msg_id(envelope.number))
+                envelope.fail(ActorCrashed(crash.actor, msg_id, crash.restart, crash.detail))
 
     async def _shutdown(self, deadline_s: float) -> None:
+        self._stopping = True
         give_up = time.monotonic() + deadline_s
         for child in reversed(self._children.values()):
-            if child.task is None:
-                continue
             began = time.monotonic()
             allowed = max(0.0, min(child.spec.shutdown_s, give_up - began))
             end = await self._stop_child(child, allowed)
@@ -329,12 +359,18 @@ class Supervisor:
                 self._exchange.tracer.fault("spine.actor.leaked", actor=child.spec.id)
 
     async def _stop_child(self, child: _Child, allowed_s: float) -> Literal["clean", "forced", "leaked"]:
-        assert child.task is not None
-        # Straight into its mailbox: the router stops before the audit actor does.
-        self._exchange.signal(child.spec.id, Stop(), timeout_s=allowed_s + 1.0, sender="supervisor")
-        done, _ = await asyncio.wait([child.task], timeout=allowed_s)
-        if done:
+        task = child.task
+        if task is None or task.done():
             return "clean"
-        child.task.cancel()
-        done, _ = await asyncio.wait([child.task], timeout=KILL_GRACE_S)
+        if child.ready.is_set():
+            # Straight into its mailbox: the router stops before the audit actor does.
+            try:
+                self._exchange.signal(child.spec.id, Stop(), timeout_s=allowed_s + 1.0, sender="supervisor")
+            except SpineError:
+                task.cancel()
+            done, _ = await asyncio.wait([task], timeout=allowed_s)
+            if done:
+                return "clean"
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=KILL_GRACE_S)
         return "forced" if done else "leaked"

@@ -6,6 +6,7 @@ Levels: ``off`` (crashes and faults alone), ``decisions`` (decisions and transac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import structlog
@@ -29,6 +30,7 @@ class Tracer:
         self._boot = boot
         self._log = structlog.stdlib.get_logger("spine")
         self.level = level
+        self.lost = 0
 
     @property
     def level(self) -> Level:
@@ -66,19 +68,26 @@ class Tracer:
 
     def message(self, event: str, envelope: Envelope, actor: str, **facts: Any) -> None:
         """One ``spine.message.*`` event; call it only when ``messages`` is set or the event tells of a fault."""
-        self._log.info(event, actor=actor, **self.identity(envelope), **facts)
+        self._write(self._log.info, event, {"actor": actor, **self.identity(envelope), **facts})
 
     def decision(self, event: str, **facts: Any) -> None:
         """One decision or transaction phase; call it only when ``decisions`` is set."""
-        self._log.info(event, **facts)
+        self._write(self._log.info, event, facts)
 
     def life(self, event: str, **facts: Any) -> None:
         """An actor starts, restarts or stops."""
         if self.decisions:
-            self._log.info(event, **facts)
+            self._write(self._log.info, event, facts)
 
     def fault(self, event: str, *, exc: BaseException | None = None, **facts: Any) -> None:
         """Something went wrong; written at every level."""
         if exc is not None:
             facts.update(error_type=type(exc).__name__, error=str(exc))
-        self._log.error(event, **facts)
+        self._write(self._log.error, event, facts)
+
+    def _write(self, log: Callable[..., Any], event: str, facts: dict[str, Any]) -> None:
+        try:
+            log(event, **facts)
+        except (OSError, ValueError):
+            # A log that cannot be written (a closed pipe, a full disk) must not crash an actor: health counts it.
+            self.lost += 1

@@ -115,6 +115,23 @@ def test_a_failed_run_with_a_denial_is_denied_and_names_the_rule() -> None:
     assert "rule other" not in str(why)
 
 
+def test_what_to_do_after_a_denial_depends_on_where_the_run_stands() -> None:
+    rules = [{"id": "limit", "version": "2", "mode": "enforce", "outcome": "deny", "determined": True}]
+    journal = Journal()
+    journal.start()
+    journal.decide("d1", allowed=False, rules=rules)
+    assert explained(journal).next.endswith("and repeat the operation.")
+    journal.complete("failed")
+    assert explained(journal).next.endswith("and run the task again under a new run id.")
+
+
+def test_a_completion_under_a_degraded_authority_says_so() -> None:
+    journal = Journal()
+    journal.start()
+    journal.complete(authority_degraded=True, authority_reason="provider unstable")
+    assert "the completion was flagged: provider unstable" in str(explained(journal))
+
+
 def test_a_denial_does_not_make_a_succeeded_run_denied() -> None:
     journal = Journal()
     journal.start()

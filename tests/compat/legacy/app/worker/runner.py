@@ -94,8 +94,7 @@ def main():
     runs = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
     threads = int(sys.argv[3]) if len(sys.argv) > 3 else 2
     with ThreadPoolExecutor(threads) as pool, Path(sys.argv[2]).open("w", encoding="utf-8") as told:
-        for answer in pool.map(lambda run: RunRunner(run).finish(), runs):
-            told.write(json.dumps(answer) + "\n")
+        told.writelines(json.dumps(answer) + "\n" for answer in pool.map(lambda run: RunRunner(run).finish(), runs))
 
 
 if __name__ == "__main__":
