@@ -97,12 +97,21 @@ class _Call:
 class _Line:
     """The queue into one Spine's loop; ``settled`` while no other Spine takes its place unless this one ends."""
 
-    __slots__ = ("_calls", "_woken", "host", "loop", "own", "settled")
+    __slots__ = ("_calls", "_woken", "host", "loop", "own", "running", "settled")
 
-    def __init__(self, host: Host, loop: asyncio.AbstractEventLoop, own: OwnSpine | None, *, settled: bool) -> None:
+    def __init__(
+        self,
+        host: Host,
+        loop: asyncio.AbstractEventLoop,
+        own: OwnSpine | None,
+        running: Callable[[], Host | None],
+        *,
+        settled: bool,
+    ) -> None:
         self.host = host
         self.loop = loop
         self.own = own
+        self.running = running
         self.settled = settled
         self._calls: deque[_Call] = deque()
         self._woken = False
@@ -116,7 +125,8 @@ class _Line:
         try:
             self.loop.call_soon_threadsafe(self._drain)
         except RuntimeError:
-            self.fail_all()
+            # Others that wait in this queue find the loop closed when they look.
+            raise _closed() from None
 
     def _drain(self) -> None:
         # Cleared before the queue is read: whoever appends after the last read wakes the loop again.
@@ -131,12 +141,6 @@ class _Line:
                 call.pending = post(call.request, timeout_s=call.timeout_s, on_done=call.finish)
             except Exception as error:  # noqa: BLE001  whatever a refused post raises belongs to its caller
                 call.finish(None, error)
-
-    def fail_all(self) -> None:
-        """Answer whatever still waits in the queue of a loop that is closed."""
-        self._woken = False
-        while self._calls:
-            self._calls.popleft().finish(None, _closed())
 
     def abandon(self, call: _Call) -> None:
         """Nobody waits for ``call`` any more: cancel it where it has not started."""
@@ -253,8 +257,10 @@ class Bridge:
     def _reach(self) -> _Line:
         """The line to the target of the moment: the connected one, else the running one, else an own one."""
         line = self._line
-        if line is not None and line.settled and line.host.is_running and line.host.loop is line.loop:
-            return line
+        if line is not None:
+            host = line.host
+            if host.is_running and host.loop is line.loop and (line.settled or line.running() is host):
+                return line
         if os.getpid() != self._pid:
             raise NotRunning(
                 f"this process ({os.getpid()}) was forked from {self._pid} by something that does not tell Python: the "
@@ -268,7 +274,8 @@ class Bridge:
         if line is None or line.host is not host or line.loop is not loop:
             own = self._own if self._own is not None and self._own.host is host else None
             # An own Spine gives way to one that the program starts later, unless it was asked for by its URL.
-            line = self._line = _Line(host, loop, own, settled=own is None or self._connected is not None)
+            settled = own is None or self._connected is not None
+            line = self._line = _Line(host, loop, own, self._spine_type().running, settled=settled)
         return line
 
     def _not_running(self, host: Host) -> NotRunning:

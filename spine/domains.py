@@ -23,8 +23,9 @@ class Refused(SpineError):
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(f"{code}: {reason}")
-        self.code = code
-        self.reason = reason
+        # A number or None given as code or reason must not fail later, where it is recorded.
+        self.code = str(code)
+        self.reason = str(reason)
 
     def __reduce__(self) -> tuple[type[Refused], tuple[str, str]]:
         return (type(self), (self.code, self.reason))

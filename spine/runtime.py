@@ -423,7 +423,7 @@ class _System:
         except BaseException:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + self._settings.stop_s):
                 await self.supervisor.stop(START_UNDO_S)
-                await self._close_journal()
+                await self._close()
             raise
         self.watchdog.start()
 
@@ -435,12 +435,8 @@ class _System:
             exchange.close(NotRunning("this Spine is stopping: it takes no new calls"))
         await self._drained(min(settings.drain_s, settings.stop_s / 2))
         receipts = await self.supervisor.stop(max(1.0, give_up - exchange.loop.time()))
-        for mailbox in exchange.mailboxes.values():
-            exchange.bury(mailbox)
-        for envelope in list(exchange.ledger.open.values()):
-            envelope.fail(NotRunning("this Spine stopped before it answered: the journal tells what was done"))
         self.watchdog.stop()
-        await self._close_journal()
+        await self._close()
         return receipts
 
     async def _drained(self, seconds: float) -> None:
@@ -451,7 +447,12 @@ class _System:
             await asyncio.wait([idle], timeout=seconds)
         exchange.on_idle(None)
 
-    async def _close_journal(self) -> None:
+    async def _close(self) -> None:
+        exchange = self.exchange
+        for mailbox in exchange.mailboxes.values():
+            exchange.bury(mailbox)
+        for envelope in list(exchange.ledger.open.values()):
+            envelope.fail(NotRunning("this Spine stopped before it answered: the journal tells what was done"))
         # The writer last: only the last connection to go can fold SQLite's log back into the file.
         await self.reader.close()
         await self.writer.close()

@@ -154,16 +154,17 @@ async def _replay(spine: Spine, replayed: Replay, lines: int) -> tuple[dict[str,
     """Run the Spine over the file; returns the totals from the journal and whether it was interrupted."""
     import anyio
 
+    from spine.replay.driver import STOP_WITHIN_S
+
     interrupted = False
 
     async def listen() -> None:
         nonlocal interrupted
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for _ in signals:
-                if interrupted:
-                    raise KeyboardInterrupt
+                # Who asks twice does not want to wait for a call that hangs.
+                replayed.stop(within_s=0.0 if interrupted else STOP_WITHIN_S)
                 interrupted = True
-                replayed.stop()
 
     async with anyio.create_task_group() as group:
         group.start_soon(listen)

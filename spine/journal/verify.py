@@ -116,12 +116,11 @@ class _Source:
 
     def read(self, sql: str, params: Sequence[Any] = ()) -> Iterator[list[Any]]:
         """The rows of a query, a page at a time."""
-        if self.target.dialect == "sqlite":
-            cursor = self.connection.execute(sql, params)
-        else:
-            cursor = self.connection.cursor(name="spine_verify")
-            cursor.execute(sql)
+        sqlite = self.target.dialect == "sqlite"
+        # A server-side cursor: the client-side one would fetch everything at once.
+        cursor = self.connection.cursor() if sqlite else self.connection.cursor(name="spine_verify")
         try:
+            cursor.execute(sql, params)
             while page := cursor.fetchmany(_PAGE):
                 yield page
         finally:

@@ -133,7 +133,8 @@ class Supervisor:
         if self._task is None:
             return []
         if not self._task.done():
-            self._tell.send_nowait(_Shutdown(deadline_s))
+            if not self._stopping:
+                self._tell.send_nowait(_Shutdown(deadline_s))
             await asyncio.wait([self._task], timeout=deadline_s + 2 * KILL_GRACE_S)
         if not self._task.done():
             self._task.cancel()
@@ -162,6 +163,9 @@ class Supervisor:
                 starting.cancel()
                 if self._exchange.closed is None:
                     self._exchange.close(SpineFailed("the supervisor itself ended: read the log, restart the process"))
+                self._stopping = True
+                self._tell.close()
+                self._inbox.close()
                 group.cancel_scope.cancel()
 
     async def _start_all(self) -> None:
@@ -169,7 +173,7 @@ class Supervisor:
             for child in self._children.values():
                 await self._start(child)
         except Exception as error:  # noqa: BLE001  supervision boundary: start() raises it to the embedding program
-            await self._tell.send(_Shutdown(START_UNDO_S))
+            self._tell.send_nowait(_Shutdown(START_UNDO_S))
             if not self._started.done():
                 self._started.set_exception(error)
         else:

@@ -153,12 +153,12 @@ class Replay:
                 else:
                     lane.append(job)
 
-    def stop(self) -> None:
-        """Send no more lines; what is under way ends and is recorded."""
+    def stop(self, *, within_s: float = STOP_WITHIN_S) -> None:
+        """Send no more lines; what is under way ends and is recorded, for at most ``within_s`` seconds."""
         self._abandoned = True
         if self._scope is not None:
             # What is under way is answered and recorded; only a call that hangs is given up.
-            self._scope.deadline = anyio.current_time() + STOP_WITHIN_S
+            self._scope.deadline = anyio.current_time() + within_s
         self._end()
 
     def _end(self) -> None:

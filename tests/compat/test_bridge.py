@@ -374,16 +374,20 @@ class TestFork:
     def test_forked_while_other_threads_call(self) -> None:
         done = script(
             FORK + "halt = threading.Event()\n"
+            "errors = []\n"
             "def work():\n"
-            "    while not halt.is_set(): bridge.ask(Echo(1))\n"
+            "    try:\n"
+            "        while not halt.is_set(): bridge.ask(Echo(1))\n"
+            "    except Exception as error: errors.append(error)\n"
             "threads = [threading.Thread(target=work) for _ in range(4)]\n"
             "for t in threads: t.start()\n"
             "time.sleep(0.1)\n"
             "for n in range(5): assert child(lambda: print('child', bridge.ask(Echo(n)))) == 0\n"
             "halt.set()\n"
             "for t in threads: t.join(5)\n"
+            "print('errors', errors)\n"
         )
-        assert done.stdout.splitlines() == [f"child {n}" for n in range(5)], done.stderr
+        assert done.stdout.splitlines() == [*(f"child {n}" for n in range(5)), "errors []"], done.stderr
 
     @pytest.mark.parametrize("connect", ["bridge.connect(spine)", "bridge.ask(Echo(0))", "pass"])
     def test_a_spine_of_the_program_is_refused_in_the_child(self, connect: str) -> None:

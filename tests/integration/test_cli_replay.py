@@ -266,39 +266,61 @@ def wait_for_rows(db: str, rows: int) -> None:
 def test_an_interrupted_replay_keeps_what_was_acknowledged_and_goes_on_later(
     tmp_path: Path, sent: signal.Signals
 ) -> None:
-    file = recording(tmp_path / "day.jsonl", runs=600)
+    file = recording(tmp_path / "day.jsonl", runs=240)
     process = started(file, "cut.db")
-    wait_for_rows("cut.db", 400)
+    wait_for_rows("cut.db", 300)
     os.kill(process.pid, sent)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert out == ""
     assert "Traceback" not in err
     partial = json.loads(next(line for line in err.splitlines() if line.startswith("{")))
-    assert 0 < partial["operations"] < 2400
+    assert 0 < partial["operations"] < 960
     assert err.splitlines()[-1].startswith("spine: interrupted")
     assert told("verify", "--db", "cut.db")["rows"] == partial["journal_rows"]
     listed = told("runs", "--db", "cut.db")
     assert sum(item["operations"] for item in listed) == partial["operations"]
     whole = timeless(told("replay", file, "--db", "cut.db"))
-    assert (whole["runs"], whole["operations"], whole["committed"], whole["events"]) == (600, 2400, 600, 600)
-    assert (whole["failed_operations"], whole["rejected_lines"]) == (600, 0)
+    assert (whole["runs"], whole["operations"], whole["committed"], whole["events"]) == (240, 960, 240, 240)
+    assert (whole["failed_operations"], whole["rejected_lines"]) == (240, 0)
     assert timeless(told("replay", file, "--db", "cut.db")) == whole
+
+
+def test_a_second_interrupt_gives_up_calls_that_hang(tmp_path: Path) -> None:
+    (tmp_path / "hang.py").write_text(
+        "import anyio\nfrom spine import Spine\nspine = Spine()\n"
+        "@spine.operation('shop.tool_1')\nasync def hang(ctx):\n    await anyio.sleep(60)\n"
+    )
+    file = recording(tmp_path / "day.jsonl")
+    process = subprocess.Popen(
+        [*COMMAND, "replay", str(file), "--app", "hang:spine", "--db", "cut.db"], stderr=subprocess.PIPE, text=True
+    )
+    wait_for_rows("cut.db", 30)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - began < 9
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("spine: interrupted: ")
+    assert told("verify", "--db", "cut.db")["ok"] is True
 
 
 @pytest.mark.timeout(180)
 def test_a_killed_replay_loses_nothing_and_is_finished_by_the_next(tmp_path: Path) -> None:
-    file = recording(tmp_path / "day.jsonl", runs=600)
+    file = recording(tmp_path / "day.jsonl", runs=240)
     process = started(file, "cut.db")
-    wait_for_rows("cut.db", 400)
+    wait_for_rows("cut.db", 300)
     process.kill()
     process.communicate(timeout=30)
     assert told("verify", "--db", "cut.db")["ok"] is True
     whole = timeless(told("replay", file, "--db", "cut.db", timeout=150))
     # What was cut off has an INTERRUPTED outcome and a second attempt, hence more rows, and the same endings.
-    assert whole.pop("journal_rows") >= 12_600
+    assert whole.pop("journal_rows") >= 5_040
     assert whole == {
-        "runs": 600, "operations": 2400, "allowed": 2400, "denied": 0, "degraded": 0, "failed_operations": 600,
-        "committed": 600, "rolled_back": 0, "parked": 0, "events": 600, "rejected_lines": 0,
+        "runs": 240, "operations": 960, "allowed": 960, "denied": 0, "degraded": 0, "failed_operations": 240,
+        "committed": 240, "rolled_back": 0, "parked": 0, "events": 240, "rejected_lines": 0,
     }  # fmt: skip
     assert told("verify", "--db", "cut.db")["ok"] is True

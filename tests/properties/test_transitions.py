@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -47,6 +47,18 @@ class Coordinator(RuleBasedStateMachine):
         self.sent = [False] * count
         self.undone = [False] * count
 
+    @rule(data=st.data())
+    def move_on(self, data: st.DataObject) -> None:
+        """Something the table allows: random tries alone hardly ever come far."""
+        legal: list[tuple[int, StepState]] = [
+            (n, move.target)
+            for n, state in enumerate(self.steps)
+            for move in STEP_MOVES
+            if state in move.sources and move.within is self.tx
+        ]
+        if legal:
+            self.step(*data.draw(st.sampled_from(legal)))
+
     @rule(to=st.sampled_from(T))
     def try_transaction_move(self, to: TxState) -> None:
         try:
@@ -59,7 +71,9 @@ class Coordinator(RuleBasedStateMachine):
     @precondition(lambda self: self.steps)
     @rule(data=st.data(), to=st.sampled_from(S))
     def try_step_move(self, data: st.DataObject, to: StepState) -> None:
-        n = data.draw(st.integers(0, len(self.steps) - 1))
+        self.step(data.draw(st.integers(0, len(self.steps) - 1)), to)
+
+    def step(self, n: int, to: StepState) -> None:
         try:
             self.steps[n] = move_step(self.steps[n], to, self.tx)
         except IllegalTransition:
@@ -84,6 +98,7 @@ class Coordinator(RuleBasedStateMachine):
 
 
 TestCoordinator = Coordinator.TestCase
+TestCoordinator.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
 def test_every_state_is_reached_and_every_state_leads_to_an_end() -> None:

@@ -216,3 +216,8 @@ def test_a_refusal_keeps_code_and_reason_through_pickling() -> None:
         "account is empty",
         "NO_FUNDS: account is empty",
     )
+
+
+def test_a_refusal_is_text_whatever_it_was_given() -> None:
+    refused = Refused(402, None)  # type: ignore[arg-type]
+    assert (refused.code, refused.reason) == ("402", "None")

@@ -50,10 +50,10 @@ from tests.unit.journal_kit import (
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 
 
-async def test_units_are_chained_in_the_order_of_the_batch(database_url: str) -> None:
+async def test_units_are_chained_in_the_order_of_the_batch(journal_url: str) -> None:
     units = [Unit("u1", [started()]), Unit("u2", [decided("d1"), ended("d1")]), Unit("u3", [decided("d2")])]
-    assert await write(database_url, units) == [Committed(1, 1), Committed(2, 3), Committed(4, 4)]
-    async with reading(database_url) as reader:
+    assert await write(journal_url, units) == [Committed(1, 1), Committed(2, 3), Committed(4, 4)]
+    async with reading(journal_url) as reader:
         rows, head = await reader.tail(0), await reader.head()
     prev = GENESIS
     for seq, row in enumerate(rows, start=1):
@@ -63,46 +63,46 @@ async def test_units_are_chained_in_the_order_of_the_batch(database_url: str) ->
     assert (head.size, head.hash) == (4, prev)
 
 
-async def test_a_body_says_kind_time_and_unit_and_is_canonical(database_url: str) -> None:
-    await write(database_url, [Unit("u1", [Record("run.denied", 42, {"b": "\u00fc\n\x00", "a": [1, None, True]})])])
-    async with reading(database_url) as reader:
+async def test_a_body_says_kind_time_and_unit_and_is_canonical(journal_url: str) -> None:
+    await write(journal_url, [Unit("u1", [Record("run.denied", 42, {"b": "\u00fc\n\x00", "a": [1, None, True]})])])
+    async with reading(journal_url) as reader:
         (row,) = await reader.tail(0)
     assert row.raw == '{"a":[1,null,true],"at":42,"b":"\u00fc\\n\\u0000","kind":"run.denied","unit":"u1"}'
 
 
-async def test_the_same_units_give_the_same_bytes_on_both_databases(sqlite_url: str, postgresql_url: str) -> None:
-    for url in (sqlite_url, postgresql_url):
+async def test_the_same_units_give_the_same_bytes_on_both_databases(sqlite_url: str, journal_postgresql_url: str) -> None:
+    for url in (sqlite_url, journal_postgresql_url):
         assert all_committed(await write(url, day()))
     heads = []
-    for url in (sqlite_url, postgresql_url):
+    for url in (sqlite_url, journal_postgresql_url):
         async with reading(url) as reader:
             heads.append(await reader.head())
     assert heads[0] == heads[1]
 
 
-async def test_a_whole_day_verifies(database_url: str) -> None:
-    assert all_committed(await write(database_url, day()))
-    report = verify(database_url)
+async def test_a_whole_day_verifies(journal_url: str) -> None:
+    assert all_committed(await write(journal_url, day()))
+    report = verify(journal_url)
     assert (report.ok, report.breaks) == (True, [])
 
 
-async def test_a_second_writer_goes_on_where_the_first_ended(database_url: str) -> None:
-    await write(database_url, [Unit("u1", [started("a")])])
-    assert await write(database_url, [Unit("u2", [started("b")])]) == [Committed(2, 2)]
-    assert verify(database_url).ok
+async def test_a_second_writer_goes_on_where_the_first_ended(journal_url: str) -> None:
+    await write(journal_url, [Unit("u1", [started("a")])])
+    assert await write(journal_url, [Unit("u2", [started("b")])]) == [Committed(2, 2)]
+    assert verify(journal_url).ok
 
 
-async def test_writers_on_one_database_take_turns(database_url: str) -> None:
-    async with writing(database_url) as first, writing(database_url) as second:
+async def test_writers_on_one_database_take_turns(journal_url: str) -> None:
+    async with writing(journal_url) as first, writing(journal_url) as second:
         for number in range(6):
             writer = first if number % 2 else second
             seq = number + 1
             assert await writer.commit([Unit(f"u{seq}", [started(f"run-{seq}")])]) == [Committed(seq, seq)]
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
-async def test_concurrent_batches_of_two_writers_form_one_chain(database_url: str) -> None:
-    async with writing(database_url) as first, writing(database_url) as second:
+async def test_concurrent_batches_of_two_writers_form_one_chain(journal_url: str) -> None:
+    async with writing(journal_url) as first, writing(journal_url) as second:
         batches = [
             writer.commit([Unit(f"u{name}{n}-{k}", [started(f"{name}{n}-{k}")]) for k in range(3)])
             for n in range(20)
@@ -111,11 +111,11 @@ async def test_concurrent_batches_of_two_writers_form_one_chain(database_url: st
         outcomes = [outcome for batch in await asyncio.gather(*batches) for outcome in batch]
     assert all_committed(outcomes)
     assert len({outcome.first for outcome in outcomes if isinstance(outcome, Committed)}) == 120
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
-async def test_no_units_are_no_work(database_url: str) -> None:
-    assert await write(database_url, []) == []
+async def test_no_units_are_no_work(journal_url: str) -> None:
+    assert await write(journal_url, []) == []
 
 
 @pytest.mark.parametrize(
@@ -131,25 +131,25 @@ async def test_no_units_are_no_work(database_url: str) -> None:
         (GUARD_ROW, [step("taken", rows=[incident("taken")])]),
     ],
 )
-async def test_a_unit_whose_guard_fails_fails_alone(database_url: str, guard: str, bad: list[Record]) -> None:
+async def test_a_unit_whose_guard_fails_fails_alone(journal_url: str, guard: str, bad: list[Record]) -> None:
     before = [
         Unit("b1", [started("taken")]),
         Unit("b2", [decided("d0", "taken", key="taken")]),
         Unit("b3", [begun("taken", "taken"), step("taken", rows=[incident("taken")])]),
     ]
     good = [Unit("g1", [started("good-1")]), Unit("g2", [started("good-2")])]
-    async with writing(database_url) as writer:
+    async with writing(journal_url) as writer:
         assert all_committed(await writer.commit(before))
         outcomes = await writer.commit([good[0], Unit("bad", bad), good[1]])
         assert [type(outcome) for outcome in outcomes] == [Committed, GuardFailed, Committed]
         assert outcomes[1] == GuardFailed(guard, 1, 0)
         assert await writer.find_units(["g1", "bad", "g2"], 0) == {"g1": outcomes[0], "g2": outcomes[2]}
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
-async def test_of_two_claims_in_one_batch_the_first_wins(database_url: str) -> None:
+async def test_of_two_claims_in_one_batch_the_first_wins(journal_url: str) -> None:
     outcomes = await write(
-        database_url,
+        journal_url,
         [
             Unit("u1", [decided("d1", key="k")]),
             Unit("u2", [decided("d2", key="k")]),
@@ -181,25 +181,25 @@ async def test_of_two_claims_in_one_batch_the_first_wins(database_url: str) -> N
         ([decided("d", tenant_id=None)], "record: "),
     ],
 )
-async def test_a_unit_that_cannot_be_recorded_fails_alone(database_url: str, bad: list[Record], reason: str) -> None:
-    outcomes = await write(database_url, [Unit("g1", [started("a")]), Unit("bad", bad), Unit("g2", [started("b")])])
+async def test_a_unit_that_cannot_be_recorded_fails_alone(journal_url: str, bad: list[Record], reason: str) -> None:
+    outcomes = await write(journal_url, [Unit("g1", [started("a")]), Unit("bad", bad), Unit("g2", [started("b")])])
     assert [type(outcome) for outcome in outcomes] == [Committed, GuardFailed, Committed]
     assert isinstance(outcomes[1], GuardFailed)
     assert outcomes[1].guard.startswith("record: ")
     assert reason in outcomes[1].guard
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
-async def test_deep_nesting_is_refused_not_fatal(database_url: str) -> None:
+async def test_deep_nesting_is_refused_not_fatal(journal_url: str) -> None:
     deep: Any = []
     for _ in range(10_000):
         deep = [deep]
-    outcomes = await write(database_url, [Unit("bad", [Record("lesson", 1, {"x": deep})]), Unit("g", [started()])])
+    outcomes = await write(journal_url, [Unit("bad", [Record("lesson", 1, {"x": deep})]), Unit("g", [started()])])
     assert [type(outcome) for outcome in outcomes] == [GuardFailed, Committed]
 
 
-async def test_a_decision_under_an_older_epoch_is_not_written(database_url: str) -> None:
-    async with writing(database_url) as writer:
+async def test_a_decision_under_an_older_epoch_is_not_written(journal_url: str) -> None:
+    async with writing(journal_url) as writer:
         units = [
             Unit("u1", [decided("d1")], epoch=1),
             Unit("u2", [switched("halted", 2)], epoch=1),
@@ -215,26 +215,26 @@ async def test_a_decision_under_an_older_epoch_is_not_written(database_url: str)
             Committed(4, 4),
         ]
         assert await writer.commit([Unit("u6", [decided("d4")], epoch=1)]) == [StaleEpoch(2)]
-    assert verify(database_url).rows == 4
+    assert verify(journal_url).rows == 4
 
 
-async def test_another_process_switch_binds_from_its_commit(database_url: str) -> None:
-    async with writing(database_url) as ours, writing(database_url) as theirs:
+async def test_another_process_switch_binds_from_its_commit(journal_url: str) -> None:
+    async with writing(journal_url) as ours, writing(journal_url) as theirs:
         assert all_committed(await ours.commit([Unit("u1", [decided("d1")], epoch=1)]))
         assert all_committed(await theirs.commit([Unit("u2", [switched("halted", 2)], epoch=1)]))
         assert await ours.commit([Unit("u3", [decided("d2")], epoch=1)]) == [StaleEpoch(2)]
         assert await ours.commit([Unit("u4", [switched("active", 2)])]) == [GuardFailed(GUARD_GOVERNANCE, 1, 0)]
 
 
-async def test_a_switch_committed_while_a_batch_waits_for_the_head_binds_it(postgresql_url: str) -> None:
+async def test_a_switch_committed_while_a_batch_waits_for_the_head_binds_it(journal_postgresql_url: str) -> None:
     import psycopg
 
-    async with writing(postgresql_url) as writer:
+    async with writing(journal_postgresql_url) as writer:
         assert all_committed(await writer.commit([Unit("u1", [started()])]))
-        with psycopg.connect(postgresql_url.replace("+psycopg", "")) as other:
+        with psycopg.connect(journal_postgresql_url.replace("+psycopg", "")) as other:
             other.execute("SELECT 1 FROM journal_head FOR UPDATE")
             waiting = asyncio.ensure_future(writer.commit([Unit("u2", [decided("d1")], epoch=1)]))
-            await _until_blocked(postgresql_url)
+            await _until_blocked(journal_postgresql_url)
             other.execute("UPDATE journal_head SET size = size + 1, hash = prev.hash FROM journal prev")
             other.execute("UPDATE governance SET epoch = 2")
         assert await waiting == [StaleEpoch(2)]
@@ -247,8 +247,8 @@ async def _until_blocked(url: str) -> None:
         await asyncio.sleep(0)
 
 
-async def test_idempotency_keys_are_claimed_once_and_again_after_an_interruption(database_url: str) -> None:
-    async with writing(database_url) as writer, reading(database_url) as reader:
+async def test_idempotency_keys_are_claimed_once_and_again_after_an_interruption(journal_url: str) -> None:
+    async with writing(journal_url) as writer, reading(journal_url) as reader:
         assert all_committed(await writer.commit([Unit("u1", [decided("d1", key="k")])]))
         claim = await reader.idempotency("acme", "refunds.issue", "k")
         assert claim is not None
@@ -264,27 +264,27 @@ async def test_idempotency_keys_are_claimed_once_and_again_after_an_interruption
         claim = await reader.idempotency("acme", "refunds.issue", "k")
         assert claim is not None
         assert (claim.state, claim.decision_id, claim.seq_decision, claim.seq_outcome) == ("done", "d2", 3, 4)
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
-async def test_another_payload_cannot_take_an_interrupted_key(database_url: str) -> None:
+async def test_another_payload_cannot_take_an_interrupted_key(journal_url: str) -> None:
     lost = ended("d1", key="k", error_code="INTERRUPTED")
-    async with writing(database_url) as writer:
+    async with writing(journal_url) as writer:
         await writer.commit([Unit("u1", [decided("d1", key="k")]), Unit("u2", [lost])])
         other = decided("d2", key="k", attempt=2, params_digest="1" * 64)
         assert await writer.commit([Unit("u3", [other])]) == [GuardFailed(GUARD_IDEMPOTENCY, 1, 0)]
 
 
-async def test_a_final_denial_claims_its_key_and_leaves_nothing_open(database_url: str) -> None:
-    await write(database_url, [Unit("u1", [decided("d1", key="k", final=True, allowed=False)])])
-    async with reading(database_url) as reader:
+async def test_a_final_denial_claims_its_key_and_leaves_nothing_open(journal_url: str) -> None:
+    await write(journal_url, [Unit("u1", [decided("d1", key="k", final=True, allowed=False)])])
+    async with reading(journal_url) as reader:
         claim = await reader.idempotency("acme", "refunds.issue", "k")
         assert claim is not None
         assert claim.state == "denied"
         assert await reader.open_decisions(10**18) == []
 
 
-async def test_claim_end_and_claim_again_in_one_batch_follow_the_order(database_url: str) -> None:
+async def test_claim_end_and_claim_again_in_one_batch_follow_the_order(journal_url: str) -> None:
     lost = ended("d1", key="k", error_code="INTERRUPTED")
     units = [
         Unit("u1", [decided("d1", key="k")]),
@@ -292,43 +292,43 @@ async def test_claim_end_and_claim_again_in_one_batch_follow_the_order(database_
         Unit("u3", [decided("d2", key="k", attempt=2)]),
         Unit("u4", [ended("d2", key="k")]),
     ]
-    assert all_committed(await write(database_url, units))
-    async with reading(database_url) as reader:
+    assert all_committed(await write(journal_url, units))
+    async with reading(journal_url) as reader:
         claim = await reader.idempotency("acme", "refunds.issue", "k")
     assert claim is not None
     assert (claim.state, claim.decision_id) == ("done", "d2")
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
-async def test_an_abort_then_a_new_attempt_commits_the_run(database_url: str) -> None:
+async def test_an_abort_then_a_new_attempt_commits_the_run(journal_url: str) -> None:
     units = [
         Unit("u1", [started()]),
         Unit("u2", [begun("tx-1"), aborted("tx-1")]),
         Unit("u3", [begun("tx-2", attempt=2, previous="tx-1"), committed("tx-2")]),
     ]
-    assert all_committed(await write(database_url, units))
-    async with reading(database_url) as reader:
+    assert all_committed(await write(journal_url, units))
+    async with reading(journal_url) as reader:
         run, transaction = await reader.run("run-1"), await reader.transaction("run-1", "")
     assert run is not None
     assert (run.state, run.run_status, run.tx_id, run.completed_seq) == ("committed", "succeeded", "tx-2", 5)
     assert transaction is not None
     assert (transaction.attempt, transaction.state, transaction.previous) == (2, "COMMITTED", "tx-1")
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
-async def test_a_fenced_commit_changes_nothing(database_url: str) -> None:
+async def test_a_fenced_commit_changes_nothing(journal_url: str) -> None:
     fenced = committed("tx-1")
     fenced.fields["epoch"] = 7
-    async with writing(database_url) as writer:
+    async with writing(journal_url) as writer:
         await writer.commit([Unit("u1", [started(), begun("tx-1")])])
         assert await writer.commit([Unit("u2", [fenced])]) == [GuardFailed(GUARD_TRANSACTION_STATE, 1, 0)]
         assert all_committed(await writer.commit([Unit("u3", [committed("tx-1")])]))
 
 
-async def test_a_domains_writes_join_the_commit(database_url: str) -> None:
-    sql(database_url, "CREATE TABLE ledger (id TEXT PRIMARY KEY, cents BIGINT NOT NULL CHECK (cents > 0))")
+async def test_a_domains_writes_join_the_commit(journal_url: str) -> None:
+    sql(journal_url, "CREATE TABLE ledger (id TEXT PRIMARY KEY, cents BIGINT NOT NULL CHECK (cents > 0))")
     insert = "INSERT INTO ledger (id, cents) VALUES (:id, :cents)"
-    async with writing(database_url) as writer:
+    async with writing(journal_url) as writer:
         outcomes = await writer.commit(
             [
                 Unit("start", [started(f"run-{n}") for n in range(4)]),
@@ -348,11 +348,11 @@ async def test_a_domains_writes_join_the_commit(database_url: str) -> None:
         assert isinstance(outcomes[2], GuardFailed)
         assert outcomes[2].guard.startswith("write 0: ")
         assert outcomes[3] == GuardFailed("write 0: UPDATE ledger SET cents = 2 WHERE id = :id", 1, 0)
-    assert sql(database_url, "SELECT id, cents FROM ledger") == [("a", 1)]
-    async with reading(database_url) as reader:
+    assert sql(journal_url, "SELECT id, cents FROM ledger") == [("a", 1)]
+    async with reading(journal_url) as reader:
         states = {run.run_id: run.state for run in await reader.runs()}
     assert states == {"run-0": "committed", "run-1": "open", "run-2": "open", "run-3": "committed"}
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
 @pytest.mark.parametrize(
@@ -366,45 +366,45 @@ async def test_a_domains_writes_join_the_commit(database_url: str) -> None:
         (Write("UPDATE lessons SET kind = :x", {"x": object()}, rows=None), "write 0: "),
     ],
 )
-async def test_a_write_that_cannot_join_a_commit_fails_its_unit(database_url: str, write_: Write, reason: str) -> None:
+async def test_a_write_that_cannot_join_a_commit_fails_its_unit(journal_url: str, write_: Write, reason: str) -> None:
     units = [Unit("g1", [started("a")]), Unit("bad", [started("b")], [write_]), Unit("g2", [started("c")])]
-    outcomes = await write(database_url, units)
+    outcomes = await write(journal_url, units)
     assert [type(outcome) for outcome in outcomes] == [Committed, GuardFailed, Committed]
     assert isinstance(outcomes[1], GuardFailed)
     assert reason in outcomes[1].guard
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
-async def test_a_write_may_be_a_common_table_expression_or_return_rows(database_url: str) -> None:
-    sql(database_url, "CREATE TABLE ledger (id TEXT PRIMARY KEY)")
+async def test_a_write_may_be_a_common_table_expression_or_return_rows(journal_url: str) -> None:
+    sql(journal_url, "CREATE TABLE ledger (id TEXT PRIMARY KEY)")
     common = Write("WITH x(id) AS (SELECT 'a') INSERT INTO ledger SELECT id FROM x")
     returning = Write("INSERT INTO ledger (id) VALUES ('100%'), (:b) RETURNING id", {"b": "b"}, rows=2)
-    assert all_committed(await write(database_url, [Unit("u", [started()], [common, returning])]))
-    assert sql(database_url, "SELECT count(*) FROM ledger") == [(3,)]
+    assert all_committed(await write(journal_url, [Unit("u", [started()], [common, returning])]))
+    assert sql(journal_url, "SELECT count(*) FROM ledger") == [(3,)]
 
 
-async def test_find_units_looks_only_behind_the_row_it_is_given(database_url: str) -> None:
-    async with writing(database_url) as writer:
+async def test_find_units_looks_only_behind_the_row_it_is_given(journal_url: str) -> None:
+    async with writing(journal_url) as writer:
         await writer.commit([Unit("u1", [started("a")]), Unit("u2", [started("b"), started("c")])])
         assert await writer.find_units(["u1", "u2", "u3"], 0) == {"u1": Committed(1, 1), "u2": Committed(2, 3)}
         assert await writer.find_units(["u1", "u2", "u3"], 1) == {"u2": Committed(2, 3)}
         assert await writer.find_units([f"x{n}" for n in range(1_000)], 0) == {}
 
 
-async def test_a_lease_is_renewed_in_place_and_is_not_journaled(database_url: str) -> None:
-    async with writing(database_url) as writer, reading(database_url) as reader:
+async def test_a_lease_is_renewed_in_place_and_is_not_journaled(journal_url: str) -> None:
+    async with writing(journal_url) as writer, reading(journal_url) as reader:
         await writer.commit([Unit("u1", [decided("d1")])])
         assert len(await reader.open_decisions(100)) == 1
         await writer.renew_lease("i1", 100, started_us=5)
         await writer.renew_lease("i1", 200, started_us=9)
         assert await reader.open_decisions(200) == []
         assert [found.decision_id for found in await reader.open_decisions(201)] == ["d1"]
-    assert sql(database_url, "SELECT * FROM instances") == [("i1", 200, 5)]
-    assert verify(database_url).rows == 1
+    assert sql(journal_url, "SELECT * FROM instances") == [("i1", 200, 5)]
+    assert verify(journal_url).rows == 1
 
 
 async def test_cancelling_the_wait_does_not_undo_the_commit(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
+    journal_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached, go_on, commit = threading.Event(), threading.Event(), Session.commit
 
@@ -413,7 +413,7 @@ async def test_cancelling_the_wait_does_not_undo_the_commit(
         assert go_on.wait(10)
         commit(session)
 
-    async with writing(database_url) as writer:
+    async with writing(journal_url) as writer:
         monkeypatch.setattr(Session, "commit", slow)
         waiting = asyncio.ensure_future(writer.commit([Unit("u1", [started()])]))
         await asyncio.to_thread(reached.wait, 10)
@@ -423,11 +423,11 @@ async def test_cancelling_the_wait_does_not_undo_the_commit(
         go_on.set()
         assert await writer.find_units(["u1"], 0) == {"u1": Committed(1, 1)}
         assert all_committed(await writer.commit([Unit("u2", [started("b")])]))
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
 @pytest.mark.parametrize("applied", [True, False])
-async def test_a_lost_commit_is_looked_up(database_url: str, monkeypatch: pytest.MonkeyPatch, applied: bool) -> None:
+async def test_a_lost_commit_is_looked_up(journal_url: str, monkeypatch: pytest.MonkeyPatch, applied: bool) -> None:
     commit, lost = Session.commit, [True]
 
     def losing(session: Session) -> None:
@@ -439,7 +439,7 @@ async def test_a_lost_commit_is_looked_up(database_url: str, monkeypatch: pytest
             commit(session)
         raise CommitUnknown("the answer was lost")
 
-    async with writing(database_url) as writer:
+    async with writing(journal_url) as writer:
         await writer.commit([Unit("u0", [started("zero")])])
         monkeypatch.setattr(Session, "commit", losing)
         outcomes = await writer.commit([Unit("u1", [started("a")]), Unit("u2", [started("b")])])
@@ -450,11 +450,11 @@ async def test_a_lost_commit_is_looked_up(database_url: str, monkeypatch: pytest
             assert not any(outcome.unknown for outcome in outcomes if isinstance(outcome, StorageFailed))
             assert await writer.find_units(["u1", "u2"], 0) == {}
         assert all_committed(await writer.commit([Unit("u3", [started("c")])]))
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
 async def test_a_lost_commit_that_cannot_be_looked_up_is_unknown(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
+    journal_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def losing(session: Session) -> None:
         raise CommitUnknown("the answer was lost")
@@ -462,7 +462,7 @@ async def test_a_lost_commit_that_cannot_be_looked_up_is_unknown(
     def refusing(session: Session, *, create: bool) -> None:
         raise OSError("the network is gone")
 
-    async with writing(database_url) as writer:
+    async with writing(journal_url) as writer:
         with monkeypatch.context() as broken:
             broken.setattr(Session, "commit", losing)
             broken.setattr(Session, "connect", refusing)
@@ -475,11 +475,11 @@ async def test_a_lost_commit_that_cannot_be_looked_up_is_unknown(
         assert all_committed(await writer.commit([Unit("u3", [started()])]))
 
 
-async def test_a_killed_connection_is_replaced(postgresql_url: str) -> None:
-    async with writing(postgresql_url) as writer:
+async def test_a_killed_connection_is_replaced(journal_postgresql_url: str) -> None:
+    async with writing(journal_postgresql_url) as writer:
         assert all_committed(await writer.commit([Unit("u1", [started("a")])]))
         sql(
-            postgresql_url,
+            journal_postgresql_url,
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid()",
         )
@@ -488,18 +488,18 @@ async def test_a_killed_connection_is_replaced(postgresql_url: str) -> None:
         assert first == second
         assert not first.unknown
         assert await writer.commit([Unit("u4", [started("d")])]) == [Committed(2, 2)]
-    assert verify(postgresql_url).ok
+    assert verify(journal_postgresql_url).ok
 
 
-async def test_a_lock_held_too_long_is_a_storage_failure_and_passes(database_url: str) -> None:
-    async with writing(database_url, busy_timeout_ms=50) as writer:
+async def test_a_lock_held_too_long_is_a_storage_failure_and_passes(journal_url: str) -> None:
+    async with writing(journal_url, busy_timeout_ms=50) as writer:
         assert all_committed(await writer.commit([Unit("u1", [started("a")])]))
-        with _Locked(database_url):
+        with _Locked(journal_url):
             outcomes = await writer.commit([Unit(f"b{n}", [started(f"b{n}")]) for n in range(3)])
             assert all(isinstance(outcome, StorageFailed) for outcome in outcomes)
             assert "lock" in str(outcomes[0])
         assert await writer.commit([Unit("u2", [started("c")])]) == [Committed(2, 2)]
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
 async def test_a_lease_that_cannot_be_renewed_says_so(sqlite_url: str) -> None:
@@ -547,28 +547,28 @@ async def test_a_full_database_refuses_and_goes_on_when_there_is_space(sqlite_ur
     assert verify(sqlite_url).ok
 
 
-async def test_a_journal_that_went_back_is_not_continued(database_url: str) -> None:
-    async with writing(database_url) as writer:
+async def test_a_journal_that_went_back_is_not_continued(journal_url: str) -> None:
+    async with writing(journal_url) as writer:
         assert all_committed(await writer.commit(day()))
-        sql(database_url, "UPDATE journal_head SET size = 1, hash = (SELECT hash FROM journal WHERE seq = 1)")
+        sql(journal_url, "UPDATE journal_head SET size = 1, hash = (SELECT hash FROM journal WHERE seq = 1)")
         (outcome,) = await writer.commit([Unit("u", [started("late")])])
         assert isinstance(outcome, StorageFailed)
         assert "went back" in outcome.error
-    async with writing(database_url) as writer:
+    async with writing(journal_url) as writer:
         (outcome,) = await writer.commit([Unit("u", [started("late")])])
         assert isinstance(outcome, StorageFailed)
         assert "verify" in outcome.error
 
 
 @pytest.mark.parametrize("table", ["journal_head", "governance"])
-async def test_a_lost_head_or_governance_row_is_a_storage_failure(database_url: str, table: str) -> None:
-    async with writing(database_url) as writer:
+async def test_a_lost_head_or_governance_row_is_a_storage_failure(journal_url: str, table: str) -> None:
+    async with writing(journal_url) as writer:
         assert all_committed(await writer.commit([Unit("u1", [started("a")])]))
-        sql(database_url, f"DELETE FROM {table}")
+        sql(journal_url, f"DELETE FROM {table}")
         (outcome,) = await writer.commit([Unit("u2", [switched("halted", 2)])])
         assert isinstance(outcome, (StorageFailed, GuardFailed))
     with pytest.raises(JournalUnavailable, match="verify"):
-        await write(database_url, [Unit("u3", [started("b")])])
+        await write(journal_url, [Unit("u3", [started("b")])])
 
 
 async def test_a_replaced_file_is_noticed(sqlite_url: str) -> None:
@@ -584,20 +584,20 @@ async def test_a_replaced_file_is_noticed(sqlite_url: str) -> None:
         assert await writer.commit([Unit("u3", [started("c")])]) == [Committed(2, 2)]
 
 
-async def test_large_batches_are_one_commit(database_url: str) -> None:
+async def test_large_batches_are_one_commit(journal_url: str) -> None:
     units = [Unit(f"u{n}", [decided(f"d{n}", None)]) for n in range(2_345)]
-    async with writing(database_url) as writer:
+    async with writing(journal_url) as writer:
         outcomes = await writer.commit(units)
         assert outcomes == [Committed(n, n) for n in range(1, 2_346)]
         ends = [Unit(f"e{n}", [ended(f"d{n}", None)]) for n in range(1, 2_345)]
         assert all_committed(await writer.commit(ends))
-    async with reading(database_url) as reader:
+    async with reading(journal_url) as reader:
         assert [found.decision_id for found in await reader.open_decisions(1)] == ["d0"]
-    assert verify(database_url).ok
+    assert verify(journal_url).ok
 
 
-async def test_misuse_is_named(database_url: str) -> None:
-    writer = JournalWriter(database_url)
+async def test_misuse_is_named(journal_url: str) -> None:
+    writer = JournalWriter(journal_url)
     with pytest.raises(JournalError, match="not open"):
         await writer.commit([])
     await writer.close()
@@ -610,8 +610,8 @@ async def test_misuse_is_named(database_url: str) -> None:
         await writer.commit([])
 
 
-async def test_close_finishes_what_was_given(database_url: str) -> None:
-    writer = JournalWriter(database_url)
+async def test_close_finishes_what_was_given(journal_url: str) -> None:
+    writer = JournalWriter(journal_url)
     await writer.open()
     given = [asyncio.ensure_future(writer.commit([Unit(f"u{n}", [started(f"r{n}")])])) for n in range(5)]
     await asyncio.sleep(0)
