@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
 
 import anyio
 import anyio.to_thread
@@ -12,8 +12,9 @@ import structlog
 from pydantic import BaseModel
 
 from spine.governance.authority import Verdict
-from spine.governance.operations import Execute, Operation, OperationContext, OperationResult
+from spine.governance.operations import Execute, Nested, Operation, OperationContext, OperationResult
 from spine.governance.params import Accepted
+from spine.kernel.errors import describe
 from spine.kernel.messages import Envelope
 
 # How long a cancelled handler may take to end before its caller is answered without it.
@@ -84,6 +85,23 @@ class Call:
         self.told: str | None = None
         self.limiter: anyio.CapacityLimiter | None = None
         self.on_stuck: Callable[[Call], None] | None = None
+
+    def context(self, missing: list[str], nested: Nested | None = None) -> OperationContext:
+        """What one rule or the handler sees: its own, so that nobody's change reaches anybody else."""
+        accepted = self.accepted
+        assert accepted is not None
+        assert self.tenant_id is not None
+        return OperationContext(
+            operation=self.name,
+            tenant_id=self.tenant_id,
+            run_id=self.run_id,
+            params=accepted.view(missing),
+            model=None if accepted.model is None else accepted.model.model_copy(deep=True),
+            deadline=self.deadline,
+            idempotency_key=self.key,
+            attempt=self.attempt,
+            nested=nested,
+        )
 
     def let_go(self) -> None:
         """Drop what refers back to the call, so that it is freed at once and not by the garbage collector."""
@@ -177,29 +195,43 @@ def _cancelled(call: Call) -> OperationResult:
             )
 
 
-def _raised(call: Call, error: Exception) -> OperationResult:
-    accepted = call.accepted
-    message = str(error) or "no message"
-    if accepted is not None:
-        message = accepted.scrub(message)
-    kind = type(error).__name__
-    return OperationResult.fail(f"{kind}: {message}", f"HANDLER_EXCEPTION:{kind}")
+def _raised(call: Call, error: BaseException) -> OperationResult:
+    message = describe(error)
+    if call.accepted is not None:
+        message = call.accepted.scrub(message)
+    return OperationResult.fail(message, f"HANDLER_EXCEPTION:{type(error).__name__}")
 
 
 def _returned(call: Call, value: object) -> OperationResult:
-    match value:
-        case OperationResult():
-            return value
-        case None:
-            return OperationResult(True, {})
-        case BaseModel():
+    if value is None:
+        return OperationResult(True, {})
+    if isinstance(value, Mapping):
+        return OperationResult(True, value)
+    try:
+        if isinstance(value, BaseModel):
             return OperationResult(True, value.model_dump())
-        case Mapping():
-            data: Mapping[str, Any] = value
-            return OperationResult(True, data)
-        case _:
-            return OperationResult.fail(
-                f"the handler of {call.name!r} returned {type(value).__name__}: it must return a mapping, a pydantic "
-                "model or an OperationResult",
-                "HANDLER_EXCEPTION:TypeError",
-            )
+    except Exception as error:  # noqa: BLE001  the model is foreign code, as its handler is
+        return _raised(call, error)
+    problem = f"returned {type(value).__name__}: it must return a mapping, a pydantic model or an OperationResult"
+    if isinstance(value, OperationResult):
+        wrong = _wrong_field(value)
+        if wrong is None:
+            if value.error and call.accepted is not None and call.accepted.secrets:
+                return replace(value, error=call.accepted.scrub(value.error))
+            return value
+        problem = f"returned an OperationResult whose {wrong}"
+    return OperationResult.fail(f"the handler of {call.name!r} {problem}", "HANDLER_EXCEPTION:TypeError")
+
+
+def _wrong_field(result: OperationResult) -> str | None:
+    for name in ("error", "error_code"):
+        value = getattr(result, name)
+        if value is not None and not isinstance(value, str):
+            return f"{name} is {type(value).__name__}, not text"
+    if not isinstance(result.success, bool):
+        return f"success is {type(result.success).__name__}, not true or false"
+    for name in ("data", "metadata"):
+        value = getattr(result, name)
+        if value is not None and not isinstance(value, Mapping):
+            return f"{name} is {type(value).__name__}, not a mapping"
+    return None

@@ -25,6 +25,7 @@ from spine.governance.transactions import (
     phase_reached,
 )
 from spine.governance.units import Record, Write
+from spine.kernel.errors import describe
 from spine.publisher import Event
 
 
@@ -79,10 +80,10 @@ def carry_out(plan: Plan, facts: RunFacts) -> None:
         try:
             _ask(step, facts.seen_by(step.domain.name))
         except Refused as refusal:
-            fail(plan, step, StepState.REFUSED, refusal.code, refusal.reason, refusal)
+            fail(plan, step, StepState.REFUSED, str(refusal.code), str(refusal.reason), refusal)
             return
         except Exception as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
-            fail(plan, step, StepState.UNKNOWN, type(error).__name__, f"{type(error).__name__}: {error}", error)
+            fail(plan, step, StepState.UNKNOWN, type(error).__name__, describe(error), error)
             return
         step.state = move_step(step.state, StepState.DONE, TxState.EXECUTING)
 

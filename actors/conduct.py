@@ -10,12 +10,14 @@ from actors import records
 from actors.calls import Call, run_handler
 from actors.dependencies import ANSWER_MARGIN_S, Dependencies
 from spine.governance.authority import AuthorityDecision, Verdict, flat
-from spine.governance.operations import Execute, OperationContext, OperationResult
+from spine.governance.operations import Execute, OperationResult, ungoverned
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, StaleEpoch, StorageFailed
-from spine.kernel.errors import ActorCrashed, JournalError, MailboxClosed, Overloaded
+from spine.kernel.errors import ActorCrashed, JournalError, MailboxClosed, Overloaded, describe
 from spine.kernel.messages import Lane
 
 REGISTRY = "registry"
+# How the journal names a record that no second try will get written.
+UNWRITABLE = "record:"
 
 
 class Authority(Protocol):
@@ -44,7 +46,7 @@ class Conduct:
         except JournalError as error:
             result = self._unavailable(call, str(error))
         except Exception as error:
-            call.envelope.fail(ActorCrashed(REGISTRY, call.decision_id, 0, f"{type(error).__name__}: {error}"))
+            call.envelope.fail(ActorCrashed(REGISTRY, call.decision_id, 0, describe(error)))
             raise
         finally:
             if call.key is not None and not call.settled:
@@ -86,7 +88,7 @@ class Conduct:
         if overdue is not None:
             return await self._outcome(call, OperationResult.fail(overdue.reason, overdue.code), began)
         call.began = began
-        call.ctx = self._context(call)
+        call.ctx = call.context([], nested=partial(self._nested, call))
         result = await run_handler(call)
         if call.settled:
             self._deps.exchange.tracer.fault(
@@ -128,6 +130,8 @@ class Conduct:
                     return True
                 case StaleEpoch():
                     await deps.switch.refresh()
+                case GuardFailed() if outcome.guard.startswith(UNWRITABLE):
+                    return self._unavailable(call, f"the record cannot be written: {outcome.guard}")
                 case GuardFailed():
                     if call.key is not None:
                         deps.recall.settle(call, None)
@@ -166,21 +170,6 @@ class Conduct:
             "TENANT_MISMATCH",
         )
 
-    def _context(self, call: Call) -> OperationContext:
-        accepted = call.accepted
-        assert accepted is not None and call.tenant_id is not None
-        return OperationContext(
-            operation=call.name,
-            tenant_id=call.tenant_id,
-            run_id=call.run_id,
-            params=accepted.view([]),
-            model=accepted.model,
-            deadline=call.deadline,
-            idempotency_key=call.key,
-            attempt=call.attempt,
-            nested=partial(self._nested, call),
-        )
-
     async def _nested(self, call: Call, operation: str, params: Mapping[str, Any] | None) -> OperationResult:
         """A handler calls another operation: through the spine mailbox, in the time that is left."""
         left = max(call.deadline - self._now(), 1e-3)
@@ -196,9 +185,9 @@ class Conduct:
                 parent=call.envelope,
             )
         except Overloaded as error:
-            return OperationResult(False, None, str(error), "OVERLOADED", str(operation))
+            return ungoverned(str(operation), str(error), "OVERLOADED", self._deps.switch.state)
         except MailboxClosed as error:
-            return OperationResult(False, None, str(error), "INTERRUPTED", str(operation))
+            return ungoverned(str(operation), str(error), "INTERRUPTED", self._deps.switch.state)
         answer: OperationResult = await exchange.answer(envelope)
         return answer
 

@@ -14,6 +14,7 @@ from uuid import UUID
 
 from actors import completion
 from actors.completion import Plan
+from actors.conduct import UNWRITABLE
 from actors.dependencies import Dependencies
 from actors.outbox import Outbox, PendingEvents
 from actors.recorder import Recorder
@@ -22,7 +23,7 @@ from actors.starts import implicit_start
 from spine.domains import Participant, RunFacts, lesson_row, policy_evaluation_row
 from spine.governance.authority import check_start
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
-from spine.governance.operations import id_problem
+from spine.governance.params import id_problem
 from spine.governance.transactions import (
     CompleteRun,
     CompletionConflict,
@@ -36,7 +37,7 @@ from spine.governance.transactions import (
 )
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch, StorageFailed
 from spine.kernel.actor import Actor
-from spine.kernel.errors import ActorCrashed, JournalError, Overloaded, SpineError
+from spine.kernel.errors import ActorCrashed, JournalError, Overloaded, SpineError, describe
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
 from spine.publisher import Event, Publisher
@@ -145,11 +146,7 @@ class Coordinator(Actor):
             except SpineError as error:
                 envelope.fail(error)
             except Exception as error:
-                envelope.fail(
-                    ActorCrashed(
-                        NAME, str(self.exchange.tracer.msg_id(envelope.number)), 0, f"{type(error).__name__}: {error}"
-                    )
-                )
+                envelope.fail(ActorCrashed(NAME, str(self.exchange.tracer.msg_id(envelope.number)), 0, describe(error)))
                 raise
 
         try:
@@ -181,7 +178,7 @@ class Coordinator(Actor):
     async def _attempt(self, envelope: Envelope, request: CompleteRun) -> TransactionResult:
         digest = completion_digest(request)
         began = self.exchange.clock.monotonic()
-        while True:
+        while not envelope.done:
             owner = self._deps.runs.cached(request.run_id) or await self._deps.runs.tenant(request.run_id)
             try:
                 if owner is not None and owner != request.tenant_id:
@@ -206,6 +203,8 @@ class Coordinator(Actor):
                 if owner is None:
                     self._deps.runs.abandoned(request.run_id)
 
+        raise self._unavailable(request, "the ground kept moving until nobody waited for it any more")
+
     async def _plan(self, request: CompleteRun, prior: TransactionRow | None, digest: str, *, starts: bool) -> Plan:
         deps = self._deps
         now = self.exchange.clock.time_us()
@@ -224,8 +223,10 @@ class Coordinator(Actor):
             completion.steps_of(self._own.participants, tx_id),
         )
         if starts:
-            plan.start = implicit_start(deps, request.run_id, request.tenant_id, request.agent_id, state, now)
-        counts = (0, 0, 0) if starts else await self._operation_counts(request.run_id)
+            plan.start = implicit_start(
+                deps, request.run_id, request.tenant_id, request.agent_id, state, now, accepted=True
+            )
+        counts = (0, 0, 0) if starts else await self._operation_counts(request.run_id, request.tenant_id)
         completion.carry_out(plan, self._facts(plan, counts))
         return plan
 
@@ -249,8 +250,9 @@ class Coordinator(Actor):
             operations_failed=counts[2],
         )
 
-    async def _operation_counts(self, run_id: str) -> tuple[int, int, int]:
-        bodies = [row.body for row in await self._own.source.run_rows(run_id)]
+    async def _operation_counts(self, run_id: str, tenant_id: str) -> tuple[int, int, int]:
+        rows = await self._own.source.run_rows(run_id)
+        bodies = [row.body for row in rows if row.body.get("tenant_id") == tenant_id]
         decisions = [body for body in bodies if body["kind"] == "decision"]
         denied = sum(not body["allowed"] for body in decisions)
         failed = sum(body["kind"] == "outcome" and not body["success"] for body in bodies)
@@ -274,6 +276,8 @@ class Coordinator(Actor):
                     return None
                 case GuardFailed() if outcome.guard.startswith("write "):
                     self._guard(plan, outcome)
+                case GuardFailed() if outcome.guard.startswith(UNWRITABLE):
+                    raise self._unavailable(request, f"the record cannot be written: {outcome.guard}")
                 case GuardFailed():
                     return None
                 case StorageFailed():
@@ -294,6 +298,8 @@ class Coordinator(Actor):
             case StaleEpoch():
                 await self._deps.switch.refresh()
                 return None
+            case GuardFailed() if outcome.guard.startswith(UNWRITABLE):
+                raise self._unavailable(request, f"the record cannot be written: {outcome.guard}")
             case GuardFailed():
                 return None
             case _:
@@ -418,7 +424,10 @@ class Coordinator(Actor):
                 rows = [record]
                 if starts and run_id is not None:
                     state = self._deps.switch.state.effective(record.at)
-                    rows = [*implicit_start(self._deps, run_id, tenant_id, None, state, record.at), record]
+                    rows = [
+                        *implicit_start(self._deps, run_id, tenant_id, None, state, record.at, accepted=True),
+                        record,
+                    ]
                 outcome = await self._own.recorder.commit(rows, run_id=run_id, parent=envelope)
                 if isinstance(outcome, Committed):
                     if starts and run_id is not None:

@@ -75,10 +75,13 @@ class Dependencies:
     def __post_init__(self) -> None:
         exchange = self.exchange
         self.switch = Switch(self.source, exchange.clock, exchange.tracer)
-        self.recorder = Recorder(exchange, self.ids, "registry", self._lost)
+        self.recorder = Recorder(exchange, self.ids, "registry", self._lost, self._stale)
         self.recovery = Recovery(exchange, self.recorder, self.source, self.instance)
         self.runs = KnownRuns(self.source)
         self.recall = Recall(self.source, exchange.clock)
+
+    def _stale(self) -> None:
+        self.recovery.look_again()
 
     def _lost(self, record: Record, _: CommitOutcome) -> None:
         if record.kind == "outcome":

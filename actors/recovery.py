@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
+import anyio
+
 from actors.audit import COMMIT_S, NAME, RenewLease
 from actors.recorder import Recorder
 from actors.records import interrupted_record
@@ -57,6 +59,7 @@ class Recovery:
         self._instance = instance
         self.unrecorded: dict[str, Record] = {}
         self.interrupted = 0
+        self._hurry = anyio.Event()
 
     def remember(self, outcome: Record) -> None:
         """Keep an outcome that could not be recorded, to record it when the journal takes writes again."""
@@ -69,8 +72,12 @@ class Recovery:
         message = RenewLease(self._instance, until)
         await self._exchange.ask(message, NAME, timeout_s=COMMIT_S, sender="registry", lane=Lane.CONTROL)
 
-    async def keep(self, restore: Callable[[], Awaitable[None]]) -> None:
-        """Keep house until cancelled; ``restore`` ends a bypass whose time is over."""
+    def look_again(self) -> None:
+        """Have the governance state looked at now instead of at the next tick."""
+        self._hurry.set()
+
+    async def keep(self, watch: Callable[[], Awaitable[None]]) -> None:
+        """Keep house until cancelled; ``watch`` looks after the governance state."""
         clock = self._exchange.clock
         tick = 0
         while True:
@@ -79,11 +86,20 @@ class Recovery:
                     if tick:
                         await self.enlist()
                     await self.sweep()
-                await restore()
+                await watch()
             except SpineError as error:
                 self._exchange.tracer.fault("spine.housekeeping.failed", exc=error)
             tick += 1
-            await clock.sleep_until(clock.monotonic() + TICK_S)
+            self._hurry = anyio.Event()
+            async with anyio.create_task_group() as waits:
+                waits.start_soon(self._tick, waits.cancel_scope)
+                await self._hurry.wait()
+                waits.cancel_scope.cancel()
+
+    async def _tick(self, scope: anyio.CancelScope) -> None:
+        clock = self._exchange.clock
+        await clock.sleep_until(clock.monotonic() + TICK_S)
+        scope.cancel()
 
     async def sweep(self) -> None:
         """Record INTERRUPTED for what dead processes left open, and what this one could not record before."""

@@ -7,6 +7,7 @@ place that decides and ``_audit_dispatch`` the one that records; what a call goe
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine
 from functools import partial
 from typing import Any, assert_never
@@ -19,22 +20,20 @@ from actors.conduct import Conduct
 from actors.dependencies import Dependencies
 from actors.slots import Slots
 from actors.starts import implicit_start, may_begin, start_run
-from spine.governance.authority import AuthorityDecision, GovernanceMode, Question, Verdict, check
+from spine.governance.authority import AuthorityDecision, Question, Verdict, check, scrubbed
 from spine.governance.operations import (
     Execute,
-    OperationContext,
     OperationResult,
     Ping,
     RegistryStatus,
     StartRun,
     SwitchGovernance,
-    id_problem,
     timeout_problem,
 )
-from spine.governance.params import InvalidParams, accept
+from spine.governance.params import InvalidParams, accept, id_problem
 from spine.governance.units import CommitOutcome, Record
 from spine.kernel.actor import Actor
-from spine.kernel.errors import ActorCrashed, Overloaded, SpineError
+from spine.kernel.errors import ActorCrashed, Overloaded, SpineError, describe
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
 
@@ -61,6 +60,7 @@ class Registry(Actor):
             if not operation.is_async
         }
         self._calls: set[Call] = set()
+        self._housekeeping: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"Registry(calls={len(self._calls)}, governance={self._deps.switch.state.mode.value})"
@@ -72,11 +72,12 @@ class Registry(Actor):
             await self._deps.recovery.enlist()
         except SpineError as error:
             self.exchange.tracer.fault("spine.housekeeping.failed", exc=error)
-        self._housekeeping = self._tasks.spawn(self._deps.recovery.keep(self._restore), "spine.housekeeping")
+        self._housekeeping = self._tasks.spawn(self._deps.recovery.keep(self._watch_governance), "spine.housekeeping")
 
     async def stop(self) -> None:
         """Interrupt what runs, have that recorded, and let go."""
-        self._housekeeping.cancel()
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
         self.interrupt()
         if not await self._tasks.drained(STOP_S):
             await self._tasks.cancel(0.5)
@@ -195,28 +196,19 @@ class Registry(Actor):
         assert accepted is not None and call.tenant_id is not None
         call.missing = []
         state = deps.switch.state.effective(self.exchange.clock.time_us())
-        ctx = OperationContext(
-            operation=call.name,
-            tenant_id=call.tenant_id,
-            run_id=call.run_id,
-            params=accepted.view(call.missing),
-            model=accepted.model,
-            deadline=call.deadline,
-            idempotency_key=call.key,
-            attempt=call.attempt,
-        )
+        question = Question(state, deps.rules[call.name], partial(call.context, call.missing), starts_run)
         try:
-            verdict = check(Question(state, deps.rules[call.name], ctx, starts_run))
+            verdict = check(question)
         except Exception as error:  # noqa: BLE001  supervision boundary: a failed check allows, flagged and counted
             deps.counts.check_errors += 1
             self.exchange.tracer.fault(
                 "spine.authority.check_failed", exc=error, **self.exchange.tracer.identity(call.envelope)
             )
-            reason = f"the authority check failed with {type(error).__name__}: {error}"
+            reason = f"the authority check failed with {describe(error)}"
             verdict = Verdict(AuthorityDecision.error(reason), state, check_failed=True)
-        call.verdict = verdict
+        call.verdict = scrubbed(verdict, accepted.scrub) if accepted.secrets else verdict
         deps.counts.decided(verdict)
-        return verdict.decision
+        return call.verdict.decision
 
     async def _audit_dispatch(
         self, call: Call, result: OperationResult | None = None, *, starts_run: bool = False, handle_us: int = 0
@@ -242,7 +234,7 @@ class Registry(Actor):
         operation = call.operation
         buffered = operation is not None and operation.durability == "buffered" and call.key is None
         if buffered and verdict.decision.allowed and not call.begins_run and not deps.recorder.full:
-            deps.recorder.buffer(rows[0])
+            deps.recorder.buffer(rows[0], verdict.governance.epoch if result is None else None)
             return None
         epoch = verdict.governance.epoch if result is None and not call.preset else None
         return await deps.recorder.commit(rows, epoch=epoch, run_id=call.run_id, parent=call.envelope, unit_id=unit_id)
@@ -264,12 +256,10 @@ class Registry(Actor):
             chosen["handle_ms"] = fields["handle_us"] / 1000
         tracer.decision(event, actor=NAME, **{**tracer.identity(call.envelope), **chosen})
 
-    async def _restore(self) -> None:
-        """End a bypass whose time is over."""
-        state, now = self._deps.switch.state, self.exchange.clock.time_us()
-        if state.effective(now) is not state:
-            request = SwitchGovernance(GovernanceMode.ACTIVE, "the bypass expired", "spine")
-            await self._deps.switch.change(request, self._deps.recorder)
+    async def _watch_governance(self) -> None:
+        """Hear of other processes' switches while idle, and end a bypass whose time is over."""
+        await self._deps.switch.refresh()
+        await self._deps.switch.restore_expired(self._deps.recorder)
 
     def _answer_later(self, envelope: Envelope, work: Coroutine[Any, Any, Any]) -> None:
         async def answer() -> None:
@@ -279,7 +269,7 @@ class Registry(Actor):
                 envelope.fail(error)
             except Exception as error:
                 msg_id = str(self.exchange.tracer.msg_id(envelope.number))
-                envelope.fail(ActorCrashed(NAME, msg_id, 0, f"{type(error).__name__}: {error}"))
+                envelope.fail(ActorCrashed(NAME, msg_id, 0, describe(error)))
                 raise
 
         try:

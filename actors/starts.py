@@ -6,7 +6,8 @@ from actors import records
 from actors.dependencies import Dependencies
 from spine.governance.authority import AuthorityDecision, GovernanceMode, GovernanceState, check_start
 from spine.governance.contract import Expectation
-from spine.governance.operations import StartRun, id_problem
+from spine.governance.operations import StartRun
+from spine.governance.params import id_problem
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch
 from spine.kernel.errors import JournalError
 from spine.kernel.messages import Envelope
@@ -18,14 +19,21 @@ def may_begin(state: GovernanceState) -> bool:
 
 
 def implicit_start(
-    dependencies: Dependencies, run_id: str, tenant_id: str, agent_id: str | None, state: GovernanceState, now: int
+    dependencies: Dependencies,
+    run_id: str,
+    tenant_id: str,
+    agent_id: str | None,
+    state: GovernanceState,
+    now: int,
+    *,
+    accepted: bool = False,
 ) -> list[Record]:
-    """The records of a run that begins with its first message."""
+    """The records of a run that begins with its first message; ``accepted`` whatever the state, as completions are."""
     return records.run_started(
         run_id,
         tenant_id,
         agent_id,
-        check_start(state),
+        check_start(state, completion=accepted),
         state,
         at=now,
         instance=dependencies.instance,
@@ -38,7 +46,7 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
     """Decide on a start and have it recorded; a run that exists already gives the decision it started with."""
     problem = _problem(request)
     if problem is not None:
-        return await _deny(dependencies, envelope, request, AuthorityDecision.deny(problem, "INVALID_PARAMS"))
+        return await _refuse(dependencies, envelope, request, AuthorityDecision.deny(problem, "INVALID_PARAMS"))
     run_id, runs = request.run_id, dependencies.runs
     clock = envelope.exchange.clock
     try:
@@ -47,7 +55,11 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
                 state = dependencies.switch.state.effective(clock.time_us())
                 decision = check_start(state)
                 if not decision.allowed:
-                    return await _deny(dependencies, envelope, request, decision)
+                    denied = await _deny(dependencies, envelope, request, decision, state)
+                    if denied is not None:
+                        return denied
+                    await dependencies.switch.refresh()
+                    continue
                 rows = records.run_started(
                     run_id,
                     request.tenant_id,
@@ -74,7 +86,7 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
                 runs.abandoned(run_id)
         if tenant != request.tenant_id:
             reason = f"run {run_id!r} belongs to another tenant than {request.tenant_id!r}: use another run id"
-            return await _deny(dependencies, envelope, request, AuthorityDecision.deny(reason, "TENANT_MISMATCH"))
+            return await _refuse(dependencies, envelope, request, AuthorityDecision.deny(reason, "TENANT_MISMATCH"))
         return await _started_with(dependencies, run_id)
     except JournalError as error:
         return _unrecorded(run_id, str(error))
@@ -89,9 +101,21 @@ async def _started_with(dependencies: Dependencies, run_id: str) -> AuthorityDec
     )
 
 
-async def _deny(
+async def _refuse(
     dependencies: Dependencies, envelope: Envelope, request: StartRun, decision: AuthorityDecision
 ) -> AuthorityDecision:
+    refused = await _deny(dependencies, envelope, request, decision, None)
+    return refused or decision
+
+
+async def _deny(
+    dependencies: Dependencies,
+    envelope: Envelope,
+    request: StartRun,
+    decision: AuthorityDecision,
+    state: GovernanceState | None,
+) -> AuthorityDecision | None:
+    """Record a denial; one that a governance ``state`` gave is ``None`` when that state holds no more."""
     stored = {
         name: None if id_problem(name, value, optional=True) else value
         for name, value in (
@@ -107,13 +131,17 @@ async def _deny(
         stored["agent_id"],
         dependencies.ids.uuid(),
         decision,
-        dependencies.switch.state,
+        state or dependencies.switch.state,
         at=envelope.exchange.clock.time_us(),
         instance=dependencies.instance,
         claimed_run_id=stored["run_id"] if foreign else None,
     )
+    outcome = await dependencies.recorder.commit(
+        [record], epoch=None if state is None else state.epoch, run_id=stored["run_id"], parent=envelope
+    )
+    if isinstance(outcome, StaleEpoch):
+        return None
     dependencies.counts.denied += 1
-    outcome = await dependencies.recorder.commit([record], run_id=stored["run_id"], parent=envelope)
     return decision if isinstance(outcome, Committed) else _unrecorded(str(stored["run_id"]), repr(outcome))
 
 

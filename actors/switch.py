@@ -13,7 +13,8 @@ from spine.governance.authority import (
     GovernanceMode,
     GovernanceState,
 )
-from spine.governance.operations import SwitchGovernance, id_problem
+from spine.governance.operations import SwitchGovernance
+from spine.governance.params import id_problem
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch
 from spine.kernel.clock import Clock
 from spine.kernel.errors import ConfigurationError, JournalError, JournalUnavailable
@@ -64,13 +65,31 @@ class Switch:
         """Read the state again; where it cannot be read the last known one holds, and before any was known: governed."""
         try:
             row = await self._source.governance()
-        except JournalError as error:
+            mode = GovernanceMode(row.state)
+        except (JournalError, ValueError) as error:
             self._tracer.fault("spine.governance.unreadable", exc=error, kept=self.state.mode.value)
             return self.state
         self.state = GovernanceState(
-            GovernanceMode(row.state), row.epoch, row.reason or "", row.actor or "", row.since_at or 0, row.expires_at
+            mode, row.epoch, row.reason or "", row.actor or "", row.since_at or 0, row.expires_at
         )
         return self.state
+
+    async def restore_expired(self, recorder: Recorder) -> None:
+        """End a bypass whose time is over, unless somebody has switched since: their word stands."""
+        bypass, now = self.state, self._clock.time_us()
+        if bypass.effective(now) is bypass:
+            return
+        after = GovernanceState(GovernanceMode.ACTIVE, bypass.epoch + 1, "the bypass expired", "spine", now)
+        outcome = await recorder.commit([governance_changed(bypass, after, at=now)], epoch=bypass.epoch)
+        if isinstance(outcome, Committed):
+            self._changed(bypass, after)
+            await self._bill(bypass, recorder)
+        else:
+            await self.refresh()
+
+    def _changed(self, before: GovernanceState, after: GovernanceState) -> None:
+        self.state = after
+        self._tracer.life("spine.governance.changed", was=before.mode.value, now=after.mode.value, epoch=after.epoch)
 
     async def change(self, request: SwitchGovernance, recorder: Recorder) -> GovernanceState:
         """Journal the new state, then let it act; raises ``ConfigurationError`` or ``JournalUnavailable``."""
@@ -91,8 +110,7 @@ class Switch:
                     raise JournalUnavailable(
                         f"the switch to {request.mode.value!r} was not recorded and does not act: {outcome.error}"
                     )
-        self.state = after
-        self._tracer.life("spine.governance.changed", was=before.mode.value, now=after.mode.value, epoch=after.epoch)
+        self._changed(before, after)
         if before.mode is not GovernanceMode.BYPASSED:
             return after
         # Decisions under the old epoch can no longer be committed: the bill of the bypass is final.

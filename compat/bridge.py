@@ -12,14 +12,15 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, TypeVar, cast
 
 import structlog
 
-from compat.host import Host, HostType, Pending
+from compat.host import Host, HostType
+from compat.line import Call, Line, closed
 from compat.own import OwnSpine
+from spine.governance.authority import GovernanceState
 from spine.governance.completion import CompleteRun
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.operations import Execute, timeout_problem
@@ -65,99 +66,6 @@ _ASYNC_CALL: Final[dict[type[Request[Any]], str]] = {
 }
 
 
-class _Call:
-    """One blocking call: what is asked, and where its answer comes back."""
-
-    __slots__ = ("abandoned", "done", "error", "pending", "request", "result", "timeout_s", "waiter")
-
-    def __init__(self, request: Request[Any], timeout_s: float, waiter: threading.Lock) -> None:
-        self.request = request
-        self.timeout_s = timeout_s
-        self.waiter = waiter
-        self.pending: Pending | None = None
-        self.result: object | None = None
-        self.error: BaseException | None = None
-        self.done = False
-        self.abandoned = False
-
-    def finish(self, result: object | None, error: BaseException | None) -> None:
-        """Hand the answer over and wake the thread that waits for it."""
-        if not self.done:
-            self.result = result
-            self.error = error
-            self.done = True
-            self.waiter.release()
-
-    def cancel(self) -> None:
-        """Cancel what has not started; runs on the loop's thread."""
-        if self.pending is not None and not self.done:
-            self.pending.cancel()
-
-
-class _Line:
-    """The queue into one Spine's loop; ``settled`` while no other Spine takes its place unless this one ends."""
-
-    __slots__ = ("_calls", "_woken", "host", "loop", "own", "running", "settled")
-
-    def __init__(
-        self,
-        host: Host,
-        loop: asyncio.AbstractEventLoop,
-        own: OwnSpine | None,
-        running: Callable[[], Host | None],
-        *,
-        settled: bool,
-    ) -> None:
-        self.host = host
-        self.loop = loop
-        self.own = own
-        self.running = running
-        self.settled = settled
-        self._calls: deque[_Call] = deque()
-        self._woken = False
-
-    def put(self, call: _Call) -> None:
-        """Queue ``call``; the loop is woken only by the first that finds it asleep."""
-        self._calls.append(call)
-        if self._woken:
-            return
-        self._woken = True
-        try:
-            self.loop.call_soon_threadsafe(self._drain)
-        except RuntimeError:
-            # Others that wait in this queue find the loop closed when they look.
-            raise _closed() from None
-
-    def _drain(self) -> None:
-        # Cleared before the queue is read: whoever appends after the last read wakes the loop again.
-        self._woken = False
-        calls = self._calls
-        post = self.host.post
-        while calls:
-            call = calls.popleft()
-            if call.abandoned:
-                continue
-            try:
-                call.pending = post(call.request, timeout_s=call.timeout_s, on_done=call.finish)
-            except Exception as error:  # noqa: BLE001  whatever a refused post raises belongs to its caller
-                call.finish(None, error)
-
-    def abandon(self, call: _Call) -> None:
-        """Nobody waits for ``call`` any more: cancel it where it has not started."""
-        call.abandoned = True
-        try:
-            self.loop.call_soon_threadsafe(call.cancel)
-        except RuntimeError:
-            call.done = True
-
-
-def _closed() -> NotRunning:
-    return NotRunning(
-        "the event loop of the Spine this call was meant for is closed: keep the Spine running while workers use it, "
-        "or call compat.connect(...) with another target"
-    )
-
-
 class Bridge:
     """The process-wide handle behind every shim.
 
@@ -170,7 +78,7 @@ class Bridge:
         self._local = threading.local()
         self._connected: Host | str | None = None
         self._own: OwnSpine | None = None
-        self._line: _Line | None = None
+        self._line: Line | None = None
         # What ran before a fork, and in the child: the parent's Spine, which it cannot use.
         self._running: Host | None = None
         self._inherited: Host | None = None
@@ -217,7 +125,7 @@ class Bridge:
                 continue
             raise call.error
 
-    def _send(self, line: _Line, request: Request[Any], timeout_s: float) -> _Call:
+    def _send(self, line: Line, request: Request[Any], timeout_s: float) -> Call:
         """Put one call into the line and wait for its end."""
         local = self._local.__dict__
         # Taken out while in use: a signal handler that calls a shim meanwhile gets another one.
@@ -225,7 +133,7 @@ class Bridge:
         if waiter is None:
             waiter = threading.Lock()
             waiter.acquire()
-        call = _Call(request, timeout_s, waiter)
+        call = Call(request, timeout_s, waiter)
         try:
             line.put(call)
             if not waiter.acquire(timeout=LOOK_S):
@@ -254,7 +162,7 @@ class Bridge:
             )
             return None
 
-    def _reach(self) -> _Line:
+    def _reach(self) -> Line:
         """The line to the target of the moment: the connected one, else the running one, else an own one."""
         line = self._line
         if line is not None:
@@ -275,7 +183,7 @@ class Bridge:
             own = self._own if self._own is not None and self._own.host is host else None
             # An own Spine gives way to one that the program starts later, unless it was asked for by its URL.
             settled = own is None or self._connected is not None
-            line = self._line = _Line(host, loop, own, self._spine_type().running, settled=settled)
+            line = self._line = Line(host, loop, own, self._spine_type().running, settled=settled)
         return line
 
     def _not_running(self, host: Host) -> NotRunning:
@@ -371,12 +279,12 @@ def _refuse_loop_thread(request: Request[Any]) -> None:
     )
 
 
-def _keep_waiting(line: _Line, call: _Call) -> None:
+def _keep_waiting(line: Line, call: Call) -> None:
     """Wait on, until the answer or the end of the deadline and its grace; a closed loop ends it at once."""
     end = time.monotonic() + call.timeout_s + GRACE_S - LOOK_S
     while not call.waiter.acquire(timeout=max(0.0, min(LOOK_S, end - time.monotonic()))):
         if line.loop.is_closed():
-            raise _closed()
+            raise closed()
         if time.monotonic() >= end:
             run_id = getattr(call.request, "run_id", None)
             raise DeadlineExceeded(
@@ -388,7 +296,8 @@ def _keep_waiting(line: _Line, call: _Call) -> None:
 
 def _ended(request: Request[Any], error: DeadlineExceeded | NotRunning) -> tuple[object | None, BaseException | None]:
     """What the asynchronous call gives: for a deadline that has passed a governed ending, else the error."""
-    ended = governed(request, error) if isinstance(error, DeadlineExceeded) else error
+    # A loop that does not answer cannot be asked for its state either: unknown means governed.
+    ended = governed(request, error, GovernanceState()) if isinstance(error, DeadlineExceeded) else error
     return (None, ended) if isinstance(ended, BaseException) else (ended, None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spine.governance.authority import AuthorityDecision
+from spine.governance.authority import AuthorityDecision, GovernanceState
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.operations import (
     Execute,
@@ -14,6 +14,7 @@ from spine.governance.operations import (
     RegistryStatus,
     StartRun,
     SwitchGovernance,
+    ungoverned,
 )
 from spine.governance.transactions import CompleteRun, TransactionFailed, TransactionPhase
 from spine.kernel.errors import DeadlineExceeded, Overloaded
@@ -46,14 +47,13 @@ class Posted:
 
 
 def governed(
-    request: Request[Any], error: Overloaded | DeadlineExceeded
+    request: Request[Any], error: Overloaded | DeadlineExceeded, state: GovernanceState | None = None
 ) -> OperationResult | AuthorityDecision | BaseException:
     """What the caller gets when the spine mailbox was full or nobody answered in time."""
     code = "OVERLOADED" if isinstance(error, Overloaded) else "TIMEOUT"
     match request:
         case Execute():
-            decision = AuthorityDecision.deny(str(error), code)
-            return OperationResult(False, None, str(error), code, str(request.operation), decision=decision)
+            return ungoverned(str(request.operation), str(error), code, state or GovernanceState())
         case StartRun():
             return AuthorityDecision.deny(str(error), code)
         case CompleteRun():

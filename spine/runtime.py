@@ -33,7 +33,7 @@ from spine.health import Health
 from spine.kernel.errors import DeadlineExceeded, NotRunning, Overloaded, SpineFailed
 from spine.kernel.exchange import ROUTER, Exchange
 from spine.kernel.ids import Ids
-from spine.kernel.messages import Envelope, Lane, Request
+from spine.kernel.messages import Envelope, Lane, Reply, Request
 from spine.kernel.router import Router
 from spine.kernel.supervisor import START_UNDO_S, ChildSpec, Receipt, Supervisor
 from spine.kernel.tracing import Level, Tracer
@@ -200,7 +200,7 @@ class Spine(Declarations):
         try:
             return await self._ask(request, timeout_s=_bounded(timeout_s), wait=wait)
         except (Overloaded, DeadlineExceeded) as error:
-            return cast(OperationResult, governed(request, error))
+            return cast(OperationResult, governed(request, error, self._use().dependencies.switch.state))
 
     async def start_run(
         self,
@@ -241,7 +241,7 @@ class Spine(Declarations):
         try:
             return await self._ask(request)
         except (Overloaded, DeadlineExceeded) as error:
-            ended = governed(request, error)
+            ended = governed(request, error, self._use().dependencies.switch.state)
             if isinstance(ended, BaseException):
                 raise ended from error
             return cast(T, ended)
@@ -253,31 +253,19 @@ class Spine(Declarations):
 
         Raises ``NotRunning`` and ``SpineFailed``; every other end is told through ``on_done``.
         """
-        try:
-            envelope = self._post(request, timeout_s=timeout_s)
-        except Overloaded as error:
-            ended = governed(request, error)
-            failed = isinstance(ended, BaseException)
-            on_done(None if failed else ended, ended if isinstance(ended, BaseException) else None)
-            return Posted(None)
-        assert envelope.reply_to is not None
+        state = self._use().dependencies.switch.state
 
-        def landed(future: asyncio.Future[Any]) -> None:
-            if future.cancelled():
-                on_done(None, asyncio.CancelledError())
-                return
-            error = future.exception()
+        def told(value: Any, error: BaseException | None) -> None:
             if isinstance(error, (Overloaded, DeadlineExceeded)):
-                ended = governed(request, error)
-                failed = isinstance(ended, BaseException)
-                on_done(None if failed else ended, ended if isinstance(ended, BaseException) else None)
-            elif error is not None:
-                on_done(None, error)
-            else:
-                on_done(future.result(), None)
+                ended = governed(request, error, state)
+                value, error = (None, ended) if isinstance(ended, BaseException) else (ended, None)
+            on_done(value, error)
 
-        envelope.reply_to.add_done_callback(landed)
-        return Posted(envelope)
+        try:
+            return Posted(self._post(request, timeout_s=timeout_s, reply_to=Reply(told)))
+        except Overloaded as error:
+            told(None, error)
+            return Posted(None)
 
     async def why(self, run_id: str) -> Explanation:
         """Why the run ended as it did, from the journal alone; raises ``LookupError`` for a run it does not know."""
@@ -340,14 +328,18 @@ class Spine(Declarations):
         self._check_place()
         return self._system
 
-    def _post(self, request: Request[Any], *, timeout_s: float, reserved: bool = False) -> Envelope:
+    def _post(
+        self, request: Request[Any], *, timeout_s: float, reserved: bool = False, reply_to: Reply | None = None
+    ) -> Envelope:
         exchange = self._use().exchange
         recipient = RECIPIENTS.get(type(request))
         if recipient is None:
             raise TypeError(f"{type(request).__name__} is not a request that Spine understands")
         lane = Lane.CONTROL if isinstance(request, SwitchGovernance) else Lane.INGRESS
         margin = ANSWER_MARGIN_S if isinstance(request, Execute) else 0.0
-        return exchange.post(request, recipient, timeout_s=timeout_s + margin, lane=lane, reserved=reserved)
+        return exchange.post(
+            request, recipient, timeout_s=timeout_s + margin, lane=lane, reserved=reserved, reply_to=reply_to
+        )
 
     async def _ask(self, request: Request[T], *, timeout_s: float = CALL_S, wait: bool = False) -> T:
         exchange = self._use().exchange

@@ -110,6 +110,10 @@ class Story:
 def read(rows: Iterable[JournalRow]) -> Story:
     """Sort the rows of one run, given in journal order, into a story; rows of unknown kind only count as evidence."""
     story = Story()
+    rows = list(rows)
+    # Before a run exists anybody may be refused under its id: once it does, only its own tenant's rows speak for it.
+    owner = next((text_of(row.body, "tenant_id") for row in rows if row.body.get("kind") == "run.started"), None)
+    story.tenant_id = owner
     for row in rows:
         body = row.body
         story.rows += 1
@@ -117,7 +121,8 @@ def read(rows: Iterable[JournalRow]) -> Story:
         story.tenant_id = story.tenant_id or text_of(body, "tenant_id")
         story.first = row.seq if story.first is None else min(story.first, row.seq)
         story.last = row.seq if story.last is None else max(story.last, row.seq)
-        _sort(story, row, str(body.get("kind")))
+        if owner is None or text_of(body, "tenant_id") in (owner, None):
+            _sort(story, row, str(body.get("kind")))
     return story
 
 

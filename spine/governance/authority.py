@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
+from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import translate
 from typing import TYPE_CHECKING, Any, Literal
 
-from spine.kernel.errors import ConfigurationError
+from spine.governance.params import id_problem
+from spine.kernel.errors import ConfigurationError, describe
 
 if TYPE_CHECKING:
     from spine.governance.operations import OperationContext
@@ -170,7 +172,7 @@ class Rule:
         """Check the declaration; raises ``TypeError`` or ``ConfigurationError`` naming what is wrong."""
         if not callable(function):
             raise TypeError(f"rule for {pattern!r} is {type(function).__name__}, not callable")
-        if inspect.iscoroutinefunction(function):
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
             raise TypeError(
                 f"rule {getattr(function, '__name__', pattern)!r} is async: rules are synchronous callables"
             )
@@ -181,6 +183,9 @@ class Rule:
         if on_error not in ("deny", "allow"):
             raise ConfigurationError(f"rule for {pattern!r}: on_error {on_error!r} must be deny or allow")
         name = id or str(getattr(function, "__name__", type(function).__name__))
+        for label, value in (("id", name), ("version", version or "1"), ("pattern", pattern)):
+            if problem := id_problem(f"rule {label}", value):
+                raise ConfigurationError(f"rule for {pattern!r}: {problem}")
         allowed = {
             "id": name,
             "version": version or "1",
@@ -223,11 +228,11 @@ class Verdict:
 
 @dataclass(slots=True)
 class Question:
-    """The frozen input of a check: the state, the rules asked, their context, and whether a new run would begin."""
+    """The input of a check: the state, the rules asked, a fresh context for each, and whether a new run would begin."""
 
     governance: GovernanceState
     rules: Sequence[Rule]
-    ctx: OperationContext
+    context: Callable[[], OperationContext]
     starts_run: bool
 
 
@@ -247,20 +252,21 @@ def check(question: Question) -> Verdict:
     errors = 0
     failed_open = False
     for rule in question.rules:
-        outcome = _ask(rule, question.ctx)
+        outcome = _ask(rule, question.context)
         outcomes.append(outcome)
         if outcome.raised:
             errors += 1
-            failed_open = failed_open or rule.on_error == "allow"
+            failed_open = failed_open or (rule.on_error == "allow" and rule.mode != "shadow")
         if outcome.counts is None:
             if would_have is None and not outcome.said.allowed:
                 would_have = outcome.said
         elif outcome.counts is not ALLOW:
             ruled = outcome.counts if ruled is ALLOW else AuthorityDecision.combine(ruled, outcome.counts)
     if standing is not None and mode is GovernanceMode.BYPASSED:
-        return Verdict(standing, state, outcomes, "bypassed", would_have if ruled.allowed else ruled, errors)
-    _mark_determining(outcomes, ruled.rank)
+        # What a shadow rule would have done, it would not have done without the bypass either.
+        return Verdict(standing, state, outcomes, "bypassed", None if ruled.allowed else ruled, errors)
     decision = ruled if standing is None else AuthorityDecision.combine(ruled, standing)
+    _mark_determining(outcomes, decision.rank)
     effect: Effect = "failed_open" if failed_open and decision.allowed else "enforced"
     return Verdict(decision, state, outcomes, effect, would_have, errors)
 
@@ -305,15 +311,17 @@ def check_start(governance: GovernanceState, *, completion: bool = False) -> Aut
     )
 
 
-def _ask(rule: Rule, ctx: OperationContext) -> RuleOutcome:
+def _ask(rule: Rule, context: Callable[[], OperationContext]) -> RuleOutcome:
     try:
-        said: object = rule.function(ctx)
-    except Exception as error:  # noqa: BLE001  a rule is foreign code: its failure is a decision (RULE_ERROR), recorded
-        return _failed(rule, f"rule {rule.id!r} raised {type(error).__name__}: {error}")
+        said: object = rule.function(context())
+    except (Exception, CancelledError) as error:  # noqa: BLE001  foreign code: its failure is a decision (RULE_ERROR)
+        return _failed(rule, f"rule {rule.id!r} raised {describe(error)}")
     if not isinstance(said, AuthorityDecision):
         if inspect.iscoroutine(said):
             said.close()
         return _failed(rule, f"rule {rule.id!r} returned {type(said).__name__}, not an AuthorityDecision")
+    if said is not ALLOW and (wrong := _wrong_field(said)):
+        return _failed(rule, f"rule {rule.id!r} returned an AuthorityDecision whose {wrong}")
     if rule.mode == "enforce":
         return RuleOutcome(rule, said, said, False)
     if rule.mode == "shadow":
@@ -321,6 +329,32 @@ def _ask(rule: Rule, ctx: OperationContext) -> RuleOutcome:
     if said.allowed:
         return RuleOutcome(rule, said, said, False)
     return RuleOutcome(rule, said, AuthorityDecision.allow_with_degraded_flag(said.reason, (said.code,)), False)
+
+
+def _wrong_field(said: AuthorityDecision) -> str | None:
+    for name in ("reason", "code"):
+        if not isinstance(getattr(said, name), str):
+            return f"{name} is {type(getattr(said, name)).__name__}, not text"
+    if not all(isinstance(condition, str) for condition in said.conditions):
+        return "conditions are not all text"
+    if not isinstance(said.allowed, bool) or not isinstance(said.degraded, bool):
+        return "allowed and degraded are not both true or false"
+    return None
+
+
+def scrubbed(verdict: Verdict, scrub: Callable[[str], str]) -> Verdict:
+    """The verdict without the secrets that rules wrote into their reasons."""
+
+    def clean(said: AuthorityDecision) -> AuthorityDecision:
+        text = scrub(said.reason)
+        return said if text == said.reason else replace(said, reason=text)
+
+    for outcome in verdict.outcomes:
+        outcome.said = clean(outcome.said)
+    verdict.decision = clean(verdict.decision)
+    if verdict.would_have is not None:
+        verdict.would_have = clean(verdict.would_have)
+    return verdict
 
 
 def _failed(rule: Rule, reason: str) -> RuleOutcome:

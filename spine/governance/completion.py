@@ -9,8 +9,7 @@ from typing import Final, Generic, TypeVar
 
 import orjson
 
-from spine.governance.operations import id_problem
-from spine.governance.params import text_problem
+from spine.governance.params import id_problem, text_problem
 from spine.governance.results import TransactionResult
 from spine.kernel.messages import Request
 
@@ -45,7 +44,7 @@ def completion_problems(request: CompleteRun) -> tuple[str, ...]:
             for name in ("agent_id", "error_code", "trace_id", "synthetic_scenario_id")
         ),
         None if request.error_message is None else _message_problem(request.error_message),
-        id_problem("completion_key", request.completion_key or None, optional=True),
+        None if request.completion_key == "" else id_problem("completion_key", request.completion_key),
         *(_flag_problem(name, getattr(request, name)) for name in ("is_synthetic", "skip_events")),
     )
     return tuple(problem for problem in found if problem is not None)

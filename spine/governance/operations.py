@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from spine.governance.authority import AuthorityDecision, GovernanceMode, GovernanceState
-from spine.governance.params import Params, text_problem
+from spine.governance.authority import AuthorityDecision, GovernanceMode, GovernanceState, flat
+from spine.governance.params import Params
 from spine.kernel.errors import ConfigurationError
 from spine.kernel.messages import Request
 
 Durability = Literal["committed", "buffered"]
 Handler = Callable[["OperationContext"], Any]
+Nested = Callable[[str, Mapping[str, Any] | None], Awaitable["OperationResult"]]
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)+")
-ID_MOST = 512
 
 
 @dataclass(slots=True)
@@ -48,6 +48,12 @@ class OperationResult:
     def fail(cls, error: str, error_code: str = "FAILED") -> OperationResult:
         """A handler's own failure, with its own code."""
         return cls(False, None, error, error_code)
+
+
+def ungoverned(operation: str, error: str, code: str, state: GovernanceState) -> OperationResult:
+    """The result of a call that never reached the authority, with the four fields all the same."""
+    decision = AuthorityDecision.deny(error, code)
+    return OperationResult(False, None, error, code, operation, decision=decision, metadata=flat(decision, state))
 
 
 class OperationContext:
@@ -80,7 +86,7 @@ class OperationContext:
         deadline: float = 0.0,
         idempotency_key: str | None = None,
         attempt: int = 1,
-        nested: Callable[[str, Mapping[str, Any] | None], Awaitable[OperationResult]] | None = None,
+        nested: Nested | None = None,
     ) -> None:
         self.operation = operation
         self.tenant_id = tenant_id
@@ -92,14 +98,14 @@ class OperationContext:
         self.attempt = attempt
         self._nested = nested
 
-    async def execute(self, operation: str, params: Mapping[str, Any] | None = None) -> OperationResult:
+    def execute(self, operation: str, params: Mapping[str, Any] | None = None) -> Awaitable[OperationResult]:
         """Run another operation in the same run, decided and recorded like any other, in the time that is left.
 
         Raises ``ConfigurationError`` when called by a rule: rules only decide.
         """
         if self._nested is None:
             raise ConfigurationError(f"a rule asked about {self.operation!r} called execute: only handlers can")
-        return await self._nested(operation, params)
+        return self._nested(operation, params)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,23 +164,6 @@ def _is_async(handler: Handler) -> bool:
 
 def _positive(seconds: object) -> bool:
     return isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < 1e9
-
-
-def id_problem(name: str, value: object, *, optional: bool = False) -> str | None:
-    """Why ``value`` cannot be the id called ``name``, or ``None``."""
-    if value is None and optional:
-        return None
-    if not isinstance(value, str):
-        return f"{name} must be text, not {type(value).__name__}"
-    if not value.strip():
-        return f"{name} {value!r} is empty: give it an id"
-    if len(value) > ID_MOST:
-        return f"{name} has {len(value)} characters, at most {ID_MOST} are taken"
-    if problem := text_problem(value):
-        return f"{name} {ascii(value)[:80]} {problem}"
-    if not value.isprintable():
-        return f"{name} {ascii(value)[:80]} holds a control character"
-    return None
 
 
 def timeout_problem(value: object) -> str | None:

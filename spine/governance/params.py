@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -16,6 +16,7 @@ from spine.kernel.errors import SpineError
 
 PARAMS_MOST_BYTES = 1 << 20
 DEPTH_MOST = 64
+ID_MOST = 512
 MASK = "**********"
 _MASK = MASK.encode()
 _SAFE_INT = 1 << 53
@@ -84,9 +85,10 @@ class Accepted:
         return loaded
 
     def scrub(self, text: str) -> str:
-        """The text without any secret of these parameters."""
+        """The text without any secret of these parameters, plain or as ``repr`` and ``ascii`` show it."""
         for secret in self.secrets:
-            text = text.replace(secret, MASK)
+            for shown in {secret, repr(secret)[1:-1], ascii(secret)[1:-1]}:
+                text = text.replace(shown, MASK)
         return text
 
 
@@ -96,18 +98,45 @@ def accept(params: object, model: type[BaseModel] | None) -> Accepted:
         params = {}
     if not isinstance(params, Mapping):
         raise _refused([("params", f"must be a mapping, not {type(params).__name__}", "")])
-    values: dict[str, Any] = dict(params)
-    secrets: list[str] = []
-    text = _encode(values, secrets)
-    if model is None:
-        return _accepted(values, None, text, secrets)
     try:
-        instance = model.model_validate(values)
+        values: dict[str, Any] = _private(params, "", 0)
+        secrets: list[str] = []
+        text = _encode(values, secrets)
+        if model is None:
+            return _accepted(values, None, text, secrets)
+        instance = model.model_validate(_private(values, "", 0))
+        values, secrets = _private(instance.model_dump(), "", 0), []
+        return _accepted(values, instance, _encode(values, secrets), secrets)
     except ValidationError as error:
+        assert model is not None
         raise _refused(list(_model_problems(error, model))) from None
-    secrets.clear()
-    values = instance.model_dump()
-    return _accepted(values, instance, _encode(values, secrets), secrets)
+    except InvalidParams:
+        raise
+    except Exception as error:
+        raise _refused([("params", f"could not be read: {type(error).__name__}", "")]) from error
+
+
+def _private(value: Any, path: str, depth: int) -> Any:
+    """A copy of plain containers that nobody else holds; a leaf is kept as it is."""
+    kind = type(value)
+    if kind is str or kind is int or kind is float or kind is bool or value is None:
+        return value
+    if depth > DEPTH_MOST:
+        raise _refused([(path[:200] or "params", f"nested more than {DEPTH_MOST} deep", "")])
+    if isinstance(value, Mapping):
+        copy = {}
+        for key, item in value.items():
+            if not isinstance(key, str) or text_problem(key):
+                raise _refused([(path or "params", f"has the key {ascii(key)[:80]}, keys must be plain text", "")])
+            copy[key] = _private(item, f"{path}.{key}" if path else key, depth + 1)
+        return copy
+    if isinstance(value, (list, tuple)):
+        return [_private(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
+    if isinstance(value, BaseModel):
+        return _private(value.model_dump(), path, depth + 1)
+    if is_dataclass(value) and not isinstance(value, type):
+        return _private(asdict(value), path, depth + 1)
+    return value
 
 
 def _encode(values: dict[str, Any], secrets: list[str]) -> bytes:
@@ -116,7 +145,8 @@ def _encode(values: dict[str, Any], secrets: list[str]) -> bytes:
     def plain(value: Any) -> Any:
         if isinstance(value, SecretStr):
             secrets.append(value.get_secret_value())
-            return MASK
+        elif isinstance(value, SecretBytes):
+            secrets.append(value.get_secret_value().decode("utf-8", "backslashreplace"))
         return _plain(value)
 
     try:
@@ -134,9 +164,9 @@ def _encode(values: dict[str, Any], secrets: list[str]) -> bytes:
 
 def _accepted(values: dict[str, Any], model: BaseModel | None, text: bytes, secrets: list[str]) -> Accepted:
     masked = tuple(sorted(_masked_paths(values, ""))) if _MASK in text else ()
-    nested = any(type(value) in (dict, list) for value in values.values())
+    nested = any(type(value) is dict or type(value) is list for value in values.values())
     return Accepted(
-        copied(values) if nested else values,
+        values,
         model,
         hashlib.sha256(text).hexdigest(),
         masked,
@@ -157,8 +187,6 @@ def copied(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, (SecretStr, SecretBytes)):
         return MASK
-    if isinstance(value, BaseModel):
-        return value.model_dump()
     if isinstance(value, Decimal):
         return str(value)
     raise TypeError(f"{type(value).__name__} is not JSON")
@@ -167,8 +195,6 @@ def _plain(value: Any) -> Any:
 def _masked_paths(value: Any, path: str) -> Iterator[str]:
     if isinstance(value, (SecretStr, SecretBytes)):
         yield path
-    elif isinstance(value, BaseModel):
-        yield from _masked_paths(value.model_dump(), path)
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _masked_paths(item, f"{path}.{key}" if path else str(key))
@@ -228,7 +254,8 @@ def _model_problems(error: ValidationError, model: type[BaseModel]) -> Iterator[
         path = ".".join(map(str, found["loc"])) or "params"
         field = model.model_fields.get(str(found["loc"][0])) if found["loc"] else None
         secret = field is not None and "Secret" in str(field.annotation)
-        yield path, found["msg"], MASK if secret else ascii(found["input"]) if found["type"] != "missing" else ""
+        message = f"is not valid ({found['type']})" if secret else found["msg"]
+        yield path, message, MASK if secret else ascii(found["input"]) if found["type"] != "missing" else ""
 
 
 def _refused(problems: list[Problem]) -> InvalidParams:
@@ -241,3 +268,20 @@ def _refused(problems: list[Problem]) -> InvalidParams:
 
 def _storable(text: str) -> str:
     return text if text_problem(text) is None else ascii(text)
+
+
+def id_problem(name: str, value: object, *, optional: bool = False) -> str | None:
+    """Why ``value`` cannot be the id called ``name``, or ``None``."""
+    if value is None and optional:
+        return None
+    if not isinstance(value, str):
+        return f"{name} must be text, not {type(value).__name__}"
+    if not value.strip():
+        return f"{name} {value!r} is empty: give it an id"
+    if len(value) > ID_MOST:
+        return f"{name} has {len(value)} characters, at most {ID_MOST} are taken"
+    if problem := text_problem(value):
+        return f"{name} {ascii(value)[:80]} {problem}"
+    if not value.isprintable():
+        return f"{name} {ascii(value)[:80]} holds a control character"
+    return None

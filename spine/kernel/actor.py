@@ -69,7 +69,7 @@ class Actor:
                 if tracer.messages:
                     self.traced(envelope, moment)
                 receive(envelope)
-                if envelope.reply_to is None and envelope.holder is name:
+                if envelope.reply_to is None and envelope.holder is name and not envelope.done:
                     exchange.handled(envelope)
             else:
                 mailbox.ring()

@@ -63,7 +63,6 @@ class Deadlines:
             await anyio.lowlevel.checkpoint()
 
     def _expire(self, now: float) -> None:
-        due = int(now * _PER_SECOND)
-        while self._ticks and self._ticks[0] <= due:
+        while self._ticks and self._ticks[0] / _PER_SECOND <= now:
             for item in self._buckets.pop(heapq.heappop(self._ticks)):
                 item.expire()

@@ -19,6 +19,15 @@ SpineError
 from __future__ import annotations
 
 
+def describe(error: BaseException) -> str:
+    """The type and text of an exception, even of a foreign one whose text cannot be made."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001  foreign code: an error about an error must not hide it
+        text = "<its text cannot be shown>"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class SpineError(Exception):
     """Root of every error that Spine raises."""
 

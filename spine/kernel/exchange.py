@@ -12,7 +12,7 @@ from spine.kernel.deadlines import Deadlines
 from spine.kernel.errors import DeadlineExceeded, MailboxClosed, Overloaded, SpineError, SpineFailed
 from spine.kernel.ledger import End, Ledger
 from spine.kernel.mailbox import Mailbox
-from spine.kernel.messages import Envelope, Lane, Request
+from spine.kernel.messages import Envelope, Lane, ReplySlot, Request
 from spine.kernel.tracing import Tracer
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Exchange:
 
     async def answer(self, envelope: Envelope) -> Any:
         """Wait for the reply to a posted request; a cancelled caller ends it as cancelled."""
-        assert envelope.reply_to is not None
+        assert isinstance(envelope.reply_to, asyncio.Future)
         try:
             return await envelope.reply_to
         except asyncio.CancelledError:
@@ -119,6 +119,7 @@ class Exchange:
         trace: str = "",
         reply: bool = True,
         reserved: bool = False,
+        reply_to: ReplySlot | None = None,
     ) -> Envelope:
         """Admit a message at once and return its envelope.
 
@@ -143,7 +144,7 @@ class Exchange:
             if ingress and parent.deadline < deadline:
                 deadline = parent.deadline
         number = self._numbers = self._numbers + 1
-        future = self.loop.create_future() if reply else None
+        future = reply_to or (self.loop.create_future() if reply else None)
         envelope = Envelope(
             self, number, payload, recipient, sender, lane, deadline, now, future, trace, cause, ingress
         )

@@ -6,14 +6,55 @@ in the envelope, never in ambient context.
 
 from __future__ import annotations
 
-import asyncio
+from asyncio import CancelledError
+from collections.abc import Callable
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from spine.kernel.exchange import Exchange
 
 R_co = TypeVar("R_co", covariant=True)
+
+
+class ReplySlot(Protocol):
+    """Where a reply goes: a future, or whatever a caller that does not await puts in its place."""
+
+    def cancelled(self) -> bool: ...
+
+    def cancel(self) -> object: ...
+
+    def set_result(self, value: Any, /) -> None: ...
+
+    def set_exception(self, error: Any, /) -> None: ...
+
+
+class Reply:
+    """A reply slot that tells a callback at once, for callers that do not await; stands where a future would."""
+
+    __slots__ = ("_cancelled", "_tell")
+
+    def __init__(self, tell: Callable[[Any, BaseException | None], None]) -> None:
+        self._tell = tell
+        self._cancelled = False
+
+    def cancelled(self) -> bool:
+        """Whether the caller waits no more."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Tell the caller that its request was cancelled."""
+        if not self._cancelled:
+            self._cancelled = True
+            self._tell(None, CancelledError())
+
+    def set_result(self, value: Any) -> None:
+        """Tell the answer."""
+        self._tell(value, None)
+
+    def set_exception(self, error: BaseException) -> None:
+        """Tell the error."""
+        self._tell(None, error)
 
 
 class Request(Generic[R_co]):
@@ -73,7 +114,7 @@ class Envelope:
         lane: Lane,
         deadline: float,
         enqueued: float,
-        reply_to: asyncio.Future[Any] | None,
+        reply_to: ReplySlot | None,
         trace: str,
         causation: int,
         credit: bool,

@@ -16,7 +16,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from spine.kernel.actor import Actor
-from spine.kernel.errors import ActorCrashed, ConfigurationError, SpineError, SpineFailed
+from spine.kernel.errors import ActorCrashed, ConfigurationError, SpineError, SpineFailed, describe
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.mailbox import Passage
@@ -286,7 +286,7 @@ class Supervisor:
         if not allowed:
             failure = SpineFailed(
                 f"actor {child.spec.id!r} crashed more than {policy.intensity} times in {policy.period_s} s, the last "
-                f"time with {exit_.error!r}: read the crash report, mend the cause and restart the process"
+                f"time with {describe(exit_.error) if exit_.error else 'a normal end'}: read the crash report, mend the cause and restart the process"
             )
             exchange.tracer.fault("spine.failed", exc=failure, actor=child.spec.id)
             exchange.close(failure)
@@ -304,7 +304,7 @@ class Supervisor:
         return True
 
     def _crashed(self, child: _Child, error: BaseException) -> ActorCrashed:
-        crash = ActorCrashed(child.spec.id, "-", len(self._history) + 1, f"{type(error).__name__}: {error}")
+        crash = ActorCrashed(child.spec.id, "-", len(self._history) + 1, describe(error))
         crash.__cause__ = error
         return crash
 
@@ -314,7 +314,7 @@ class Supervisor:
         taken = list(exchange.ledger.held_by(name))
         report = CrashReport(
             actor=name,
-            error=f"{type(error).__name__}: {error}",
+            error=describe(error) if error is not None else "ended",
             restart=len(self._history),
             intensity=self._policy.intensity,
             messages=tuple(f"{exchange.tracer.msg_id(e.number)} {type(e.payload).__name__}" for e in taken),

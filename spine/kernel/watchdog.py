@@ -62,7 +62,7 @@ class Watchdog:
             if self._beat.wait(self._limit_s):
                 continue
             asked = time.monotonic()
-            frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001  the only way to another thread's stack
+            frame = sys._current_frames().get(self._loop_thread)
             culprit = self._culprit(frame)
             stack = "" if frame is None else "".join(traceback.format_stack(frame)[-12:])
             del frame

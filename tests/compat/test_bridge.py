@@ -237,6 +237,23 @@ class TestWaiting:
             signal.signal(signal.SIGUSR1, before)
         assert inner == ["inner"]
 
+    def test_an_interrupted_wake_up_is_made_good_by_the_next_call(self, bridge: Bridge, spine: FakeSpine) -> None:
+        bridge.ask(Echo(0))
+        loop = spine.loop
+        assert loop is not None
+        original, interrupts = loop.call_soon_threadsafe, [KeyboardInterrupt()]
+
+        def wake(*arguments: object, **named: object) -> object:
+            if interrupts:
+                raise interrupts.pop()
+            return original(*arguments, **named)  # type: ignore[arg-type]
+
+        loop.call_soon_threadsafe = wake  # type: ignore[method-assign,assignment]
+        with pytest.raises(KeyboardInterrupt):
+            bridge.ask(Echo("interrupted"))
+        assert bridge.ask(Echo("next"), timeout_s=1) == "next"
+        assert spine.posted == [0, "next"]
+
     def test_ctrl_c_cancels_and_leaves_at_once(self) -> None:
         done = script(
             "spine = FakeSpine()\n"

@@ -17,7 +17,7 @@ from spine.kernel.exchange import ROUTER, Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope, Lane, Request
 from spine.kernel.router import Router
-from spine.kernel.supervisor import ChildSpec, Policy, Supervisor
+from spine.kernel.supervisor import ChildSpec, Policy, Receipt, Supervisor
 from spine.kernel.tracing import Level, Tracer
 
 
@@ -97,8 +97,20 @@ class Kernel:
         await until(lambda: self.supervisor.restarted >= times and self.supervisor.states()[name] == "ready")
 
 
+_made: list[Exchange] = []
+
+
 def exchange(*, credits: int = 4096, clock: Clock | None = None, level: Level = "off") -> Exchange:
-    return Exchange(clock or SystemClock(), Tracer("b007" * 4, level), credits=credits)
+    """An exchange alone; ``close_exchanges`` at the end."""
+    _made.append(Exchange(clock or SystemClock(), Tracer("b007" * 4, level), credits=credits))
+    return _made[-1]
+
+
+def close_exchanges() -> None:
+    """Close the streams of every exchange of this test."""
+    while _made:
+        for mailbox in _made.pop().mailboxes.values():
+            mailbox.close()
 
 
 @asynccontextmanager
@@ -124,22 +136,25 @@ async def kernel(
 
     children = [ChildSpec(ROUTER, lambda: Router(own)), *(specs(kind.name, start(kind)) for kind in kinds or (Worker,))]
     built.supervisor = Supervisor(own, Ids(clock, 1), children, policy or Policy())
-    await built.supervisor.start()
-    try:
-        yield built
-    finally:
-        await stop(built)
+    # pytest-timeout cannot interrupt an event loop: what hangs ends here.
+    with anyio.fail_after(20):
+        try:
+            await built.supervisor.start()
+            yield built
+        finally:
+            await stop(built)
 
 
-async def stop(built: Kernel, deadline_s: float = 5.0) -> None:
+async def stop(built: Kernel, deadline_s: float = 5.0) -> list[Receipt]:
     """What ``Spine.stop`` does with a kernel."""
     if built.exchange.closed is None:
         built.exchange.close(NotRunning("stopping"))
-    await built.supervisor.stop(deadline_s)
+    receipts = await built.supervisor.stop(deadline_s)
     for mailbox in built.exchange.mailboxes.values():
         built.exchange.bury(mailbox)
     for envelope in list(built.exchange.ledger.open.values()):
         envelope.fail(NotRunning("stopped"))
+    return receipts
 
 
 async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
@@ -162,4 +177,4 @@ def envelope(
     return Envelope(None, number, payload, "worker", sender, lane, 1e9, 0.0, None, "", 0, False)  # type: ignore[arg-type]
 
 
-__all__ = ["ActorCrashed", "Kernel", "Leave", "Say", "Worker", "actor", "ends", "envelope", "exchange", "kernel", "until"]
+__all__ = ["ActorCrashed", "Kernel", "Leave", "Say", "Worker", "actor", "close_exchanges", "ends", "envelope", "exchange", "kernel", "until"]

@@ -113,7 +113,7 @@ async def test_a_virtual_clock_stands_still_until_it_is_advanced() -> None:
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_sleepers_of_a_virtual_clock_wake_at_their_own_moments_in_order(moments: list[int]) -> None:
     """One advance over all of them: each sees its own time, ties in the order in which they lay down."""
 

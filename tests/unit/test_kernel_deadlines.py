@@ -25,9 +25,9 @@ class Item:
 
 @given(
     st.lists(st.tuples(st.integers(0, 3000), st.booleans()), min_size=1, max_size=25),
-    st.lists(st.integers(1, 700), min_size=1, max_size=8),
+    st.lists(st.integers(1, 700), min_size=1, max_size=4),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_each_ends_once_never_early_and_at_most_ten_milliseconds_late(
     added: list[tuple[int, bool]], steps: list[int]
 ) -> None:
