@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -155,7 +156,7 @@ async def run_handler(call: Call) -> OperationResult:
             value = await anyio.to_thread.run_sync(operation.handler, ctx, abandon_on_cancel=True, limiter=call.limiter)
     except asyncio.CancelledError:
         return _cancelled(call)
-    except Exception as error:  # noqa: BLE001  a handler is foreign code: its failure is an outcome, recorded
+    except BaseException as error:  # noqa: BLE001  a handler is foreign code: its failure is an outcome, recorded
         if call.cause is not None:
             return _cancelled(call)
         return _raised(call, error)
@@ -212,6 +213,8 @@ def _returned(call: Call, value: object) -> OperationResult:
             return OperationResult(True, value.model_dump())
     except Exception as error:  # noqa: BLE001  the model is foreign code, as its handler is
         return _raised(call, error)
+    if inspect.iscoroutine(value):
+        value.close()
     problem = f"returned {type(value).__name__}: it must return a mapping, a pydantic model or an OperationResult"
     if isinstance(value, OperationResult):
         wrong = _wrong_field(value)

@@ -270,7 +270,7 @@ class Coordinator(Actor):
                 case Committed():
                     self._own.counts["committed"] += 1
                     self._log("spine.transaction.committed", envelope, plan, result)
-                    return await self._publish(result, events)
+                    return await self._publish(envelope, result, events)
                 case StaleEpoch():
                     await self._deps.switch.refresh()
                     return None
@@ -343,10 +343,12 @@ class Coordinator(Actor):
             code="JOURNAL_UNAVAILABLE",
         )
 
-    async def _publish(self, result: TransactionResult, events: Sequence[Event]) -> TransactionResult:
+    async def _publish(
+        self, envelope: Envelope, result: TransactionResult, events: Sequence[Event]
+    ) -> TransactionResult:
         if not events:
             return result
-        first_try = self._outbox.deliver(events)
+        first_try = self._outbox.deliver(events, envelope)
         await asyncio.wait([first_try], timeout=FIRST_DELIVERY_S)
         if first_try.done() and first_try.result():
             result.phase = TransactionPhase.EVENTS_PUBLISHED

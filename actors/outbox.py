@@ -15,6 +15,7 @@ from spine.governance.units import Committed, Record
 from spine.kernel.errors import JournalError, Overloaded
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
+from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
 from spine.kernel.tasks import Tasks
 from spine.publisher import Event, Publisher
@@ -37,6 +38,7 @@ class PendingEvents(Protocol):
 class _Delivery:
     events: list[Event]
     first_try: asyncio.Future[bool]
+    cause: Envelope | None
 
 
 @dataclass(slots=True)
@@ -74,8 +76,11 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._queued)
 
-    def deliver(self, events: Sequence[Event]) -> asyncio.Future[bool]:
-        """Queue committed events of one run; the future tells whether the first try delivered them."""
+    def deliver(self, events: Sequence[Event], cause: Envelope | None = None) -> asyncio.Future[bool]:
+        """Queue committed events of one run; the future tells whether the first try delivered them.
+
+        ``cause`` is the message whose commit they follow, if this process took it.
+        """
         first_try: asyncio.Future[bool] = self._exchange.loop.create_future()
         new = [event for event in events if event.event_id not in self._queued]
         if not new or len(self._queued) >= QUEUED_MOST:
@@ -86,9 +91,9 @@ class Outbox:
         run_id = new[0].run_id
         line = self._lines.get(run_id)
         if line is not None:
-            line.waiting.append(_Delivery(new, first_try))
+            line.waiting.append(_Delivery(new, first_try, cause))
             return first_try
-        line = self._lines[run_id] = _Line(deque([_Delivery(new, first_try)]))
+        line = self._lines[run_id] = _Line(deque([_Delivery(new, first_try, cause)]))
         try:
             self._tasks.spawn(self._serve(run_id, line), f"outbox {run_id}")
         except Overloaded:
@@ -166,7 +171,7 @@ class Outbox:
             },
         )
         # Who is told that its events are published finds that in the journal.
-        recorded = await self._recorder.commit([done], run_id=first.run_id)
+        recorded = await self._recorder.commit([done], run_id=first.run_id, parent=delivery.cause)
         if not delivery.first_try.done():
             delivery.first_try.set_result(isinstance(recorded, Committed))
 

@@ -65,9 +65,17 @@ class Switch:
         """Read the state again; where it cannot be read the last known one holds, and before any was known: governed."""
         try:
             row = await self._source.governance()
-            mode = GovernanceMode(row.state)
-        except (JournalError, ValueError) as error:
+        except JournalError as error:
             self._tracer.fault("spine.governance.unreadable", exc=error, kept=self.state.mode.value)
+            return self.state
+        if row.epoch < self.state.epoch:
+            # Read before a switch of this process committed.
+            return self.state
+        try:
+            mode = GovernanceMode(row.state)
+        except ValueError as error:
+            self._tracer.fault("spine.governance.unreadable", exc=error, kept=self.state.mode.value)
+            self.state = replace(self.state, epoch=row.epoch)
             return self.state
         self.state = GovernanceState(
             mode, row.epoch, row.reason or "", row.actor or "", row.since_at or 0, row.expires_at

@@ -78,6 +78,8 @@ class Bridge:
         self._local = threading.local()
         self._connected: Host | str | None = None
         self._own: OwnSpine | None = None
+        # The own Spine that is being stopped or was stopped last.
+        self._leaving: OwnSpine | None = None
         self._line: Line | None = None
         # What ran before a fork, and in the child: the parent's Spine, which it cannot use.
         self._running: Host | None = None
@@ -174,43 +176,44 @@ class Bridge:
                 f"this process ({os.getpid()}) was forked from {self._pid} by something that does not tell Python: the "
                 "shims cannot be used in it; fork with os.fork or multiprocessing, or start a new process"
             )
-        host = self._host()
-        loop = host.loop
-        if loop is None or not host.is_running:
-            raise self._not_running(host)
+        while True:
+            host = self._host()
+            loop = host.loop
+            own = self._owner(host)
+            if loop is not None and host.is_running:
+                break
+            if own is None or own is self._own:
+                raise _not_running(own)
+            # It was stopped around a fork just now: the next one is waited for.
         line = self._line
         if line is None or line.host is not host or line.loop is not loop:
-            own = self._own if self._own is not None and self._own.host is host else None
             # An own Spine gives way to one that the program starts later, unless it was asked for by its URL.
             settled = own is None or self._connected is not None
             line = self._line = Line(host, loop, own, self._spine_type().running, settled=settled)
         return line
 
-    def _not_running(self, host: Host) -> NotRunning:
-        own = self._own
-        if own is not None and host is own.host:
-            return NotRunning("the shims' own Spine has stopped: see its crash report in the log, restart the process")
-        return NotRunning(
-            "the Spine these shims are connected to is not running: start it first (async with spine), or call "
-            "compat.connect(...) with another target"
-        )
+    def _owner(self, host: Host) -> OwnSpine | None:
+        """The own Spine that ``host`` is, be it just being stopped."""
+        # Whoever stops an own Spine notes it as leaving first: read in this order, one of the two is seen.
+        for own in (self._own, self._leaving):
+            if own is not None and own.made is host:
+                return own
+        return None
 
     def _host(self) -> Host:
         target = self._connected
         if target is None:
             target = self._spine_type().running()
+        if target is not None and not isinstance(target, str) and self._owner(target) is None:
+            if target is self._inherited:
+                raise _inherited()
+            return target
         own = self._own
-        if own is not None and own.host is not None and (target is None or isinstance(target, str)):
+        if own is not None and own.host is not None:
             return own.host
-        inherited = self._inherited
-        if inherited is not None and (target is None or target is inherited):
-            raise NotRunning(
-                f"the Spine of this program was started before the process forked (now {os.getpid()}): its event loop "
-                "runs in the parent only. Start a Spine in the child, or call compat.connect(url) there"
-            )
-        if target is None or isinstance(target, str):
-            return self._own_host(target if isinstance(target, str) else None)
-        return target
+        if target is None and self._inherited is not None:
+            raise _inherited()
+        return self._own_host(target if isinstance(target, str) else None)
 
     def _own_host(self, url: str | None) -> Host:
         with self._lock:
@@ -229,11 +232,16 @@ class Bridge:
 
     def _forget(self, target: Host | str | None) -> None:
         with self._lock:
-            own, self._own = self._own, None
+            own = self._leave()
             self._connected = target
             self._line = None
         if own is not None:
             own.stop(STOP_S)
+
+    def _leave(self) -> OwnSpine | None:
+        own = self._leaving = self._own
+        self._own = None
+        return own
 
     def _forking(self) -> None:
         """Before a fork: note what the child will not have, and end the own Spine, which starts again when needed.
@@ -242,7 +250,7 @@ class Bridge:
         none of the locks it believes to hold, and lose commits when the parent closes.
         """
         self._lock.acquire()
-        own, self._own = self._own, None
+        own = self._leave()
         if own is not None:
             own.stop(STOP_S)
         self._running = self._spine_type().running() if self._loaded() else None
@@ -276,6 +284,22 @@ def _refuse_loop_thread(request: Request[Any]) -> None:
     raise LoopThreadError(
         f"{type(request).__name__} was called through a blocking shim on the thread of a running event loop, which it "
         f"would stop: use {call} there, or call the shim in a thread (asyncio.to_thread)"
+    )
+
+
+def _inherited() -> NotRunning:
+    return NotRunning(
+        f"the Spine of this program was started before the process forked (now {os.getpid()}): its event loop runs in "
+        "the parent only. Start a Spine in the child, or call compat.connect(url) there"
+    )
+
+
+def _not_running(own: OwnSpine | None) -> NotRunning:
+    if own is not None:
+        return NotRunning("the shims' own Spine has stopped: see its crash report in the log, restart the process")
+    return NotRunning(
+        "the Spine these shims are connected to is not running: start it first (async with spine), or call "
+        "compat.connect(...) with another target"
     )
 
 

@@ -20,6 +20,8 @@ class OwnSpine:
         self._error: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Event | None = None
+        # The Spine as soon as it exists, and once it has started.
+        self.made: Host | None = None
         self.host: Host | None = None
         self._thread = threading.Thread(target=self._run, name="spine-compat", daemon=True)
         self._thread.start()
@@ -68,7 +70,7 @@ class OwnSpine:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
-        host = self._type(self._url)
+        host = self.made = self._type(self._url)
         await host.start()
         self.host = host
         self._ready.set()

@@ -94,8 +94,10 @@ class Spine(Declarations):
         self.url = url or default_url()
         self._participants = participants(domains)
         self._publisher = publisher or LogPublisher()
-        if not callable(getattr(self._publisher, "publish", None)):
-            raise TypeError(f"publisher {publisher!r} has no publish(event): see spine.publisher.Publisher")
+        if isinstance(publisher, type) or not callable(getattr(self._publisher, "publish", None)):
+            raise TypeError(
+                f"publisher {publisher!r} must be an object with publish(event): see spine.publisher.Publisher"
+            )
         self._settings = settings or Settings()
         self._system: _System | None = None
         self._phase: Literal["new", "starting", "running", "stopping", "stopped", "forked"] = "new"
@@ -211,7 +213,7 @@ class Spine(Declarations):
         expectations: Sequence[tuple[str, str, float]] = (),
     ) -> AuthorityDecision:
         """Begin a run; a denial is returned. ``expectations`` are (domain, action, deadline in seconds)."""
-        return await self._ask(StartRun(run_id, tenant_id, agent_id, tuple(expectations)))
+        return await self.ask(StartRun(run_id, tenant_id, agent_id, tuple(expectations)))
 
     async def complete_run(
         self,

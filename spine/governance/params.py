@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -99,13 +99,12 @@ def accept(params: object, model: type[BaseModel] | None) -> Accepted:
     if not isinstance(params, Mapping):
         raise _refused([("params", f"must be a mapping, not {type(params).__name__}", "")])
     try:
-        values: dict[str, Any] = _private(params, "", 0)
-        secrets: list[str] = []
+        values, secrets = _copied(params), list[str]()
         text = _encode(values, secrets)
         if model is None:
             return _accepted(values, None, text, secrets)
-        instance = model.model_validate(_private(values, "", 0))
-        values, secrets = _private(instance.model_dump(), "", 0), []
+        instance = model.model_validate(_copied(values))
+        values, secrets = _copied(instance.model_dump()), []
         return _accepted(values, instance, _encode(values, secrets), secrets)
     except ValidationError as error:
         assert model is not None
@@ -116,26 +115,37 @@ def accept(params: object, model: type[BaseModel] | None) -> Accepted:
         raise _refused([("params", f"could not be read: {type(error).__name__}", "")]) from error
 
 
-def _private(value: Any, path: str, depth: int) -> Any:
-    """A copy of plain containers that nobody else holds; a leaf is kept as it is."""
+def _copied(params: Mapping[Any, Any]) -> dict[str, Any]:
+    """Plain containers that nobody else holds; raises ``InvalidParams`` naming every key and depth that is wrong."""
+    problems: list[Problem] = []
+    values: dict[str, Any] = _private(params, "", 0, problems)
+    if problems:
+        raise _refused([*problems, *_walk(values, "", 0)])
+    return values
+
+
+def _private(value: Any, path: str, depth: int, problems: list[Problem]) -> Any:
     kind = type(value)
     if kind is str or kind is int or kind is float or kind is bool or value is None:
         return value
     if depth > DEPTH_MOST:
-        raise _refused([(path[:200] or "params", f"nested more than {DEPTH_MOST} deep", "")])
+        problems.append((path[:200] or "params", f"nested more than {DEPTH_MOST} deep", ""))
+        return None
     if isinstance(value, Mapping):
         copy = {}
         for key, item in value.items():
             if not isinstance(key, str) or text_problem(key):
-                raise _refused([(path or "params", f"has the key {ascii(key)[:80]}, keys must be plain text", "")])
-            copy[key] = _private(item, f"{path}.{key}" if path else key, depth + 1)
+                problems.append((path or "params", f"has the key {ascii(key)[:80]}, keys must be plain text", ""))
+            else:
+                copy[key] = _private(item, f"{path}.{key}" if path else key, depth + 1, problems)
         return copy
     if isinstance(value, (list, tuple)):
-        return [_private(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
+        return [_private(item, f"{path}[{index}]", depth + 1, problems) for index, item in enumerate(value)]
     if isinstance(value, BaseModel):
-        return _private(value.model_dump(), path, depth + 1)
+        return _private(value.model_dump(), path, depth + 1, problems)
     if is_dataclass(value) and not isinstance(value, type):
-        return _private(asdict(value), path, depth + 1)
+        fields_of = {field.name: getattr(value, field.name) for field in fields(value)}
+        return _private(fields_of, path, depth + 1, problems)
     return value
 
 

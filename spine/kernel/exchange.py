@@ -248,7 +248,8 @@ class Exchange:
             return
         kind = type(envelope.payload).__name__
         self.dead_letters.append(DeadLetter(envelope.number, kind, envelope.recipient, str(error)))
-        self.tracer.fault("spine.message.dead_lettered", exc=error, **self.tracer.identity(envelope))
+        actor = envelope.holder or envelope.recipient
+        self.tracer.fault("spine.message.dead_lettered", exc=error, actor=actor, **self.tracer.identity(envelope))
         if envelope.reply_to is None:
             self._end(envelope, End.DEAD_LETTERED)
         else:

@@ -99,6 +99,7 @@ class _Child:
     task: asyncio.Task[None] | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    was_ready: bool = False
     taken: list[Envelope] = field(default_factory=list)
     crash: ActorCrashed | None = None
 
@@ -131,6 +132,8 @@ class Supervisor:
     async def stop(self, deadline_s: float) -> list[Receipt]:
         """Stop the children in reverse within ``deadline_s`` seconds and give a receipt for each."""
         if self._task is None:
+            self._tell.close()
+            self._inbox.close()
             return []
         if not self._task.done():
             if not self._stopping:
@@ -196,20 +199,21 @@ class Supervisor:
 
     async def _start(self, child: _Child) -> None:
         child.generation += 1
-        child.ready, child.ended = asyncio.Event(), asyncio.Event()
+        ready, ended = child.ready, child.ended = asyncio.Event(), asyncio.Event()
+        child.was_ready = False
         child.task = task = asyncio.create_task(
             self._incarnation(child, child.generation), name=f"spine.{child.spec.id}.{child.generation}"
         )
-        waits = [asyncio.ensure_future(child.ready.wait()), asyncio.ensure_future(child.ended.wait())]
+        waits = [asyncio.ensure_future(ready.wait()), asyncio.ensure_future(ended.wait())]
         try:
             await asyncio.wait(waits, timeout=child.spec.start_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        if child.ready.is_set():
+        if ready.is_set():
             self._exchange.tracer.life("spine.actor.started", actor=child.spec.id, generation=child.generation)
             return
-        if child.ended.is_set() and child.crash is not None and child.crash.__cause__ is not None:
+        if ended.is_set() and child.crash is not None and child.crash.__cause__ is not None:
             raise child.crash.__cause__
         task.cancel()
         raise SpineFailed(f"actor {child.spec.id!r} was not ready within {child.spec.start_s} s: see the log for why")
@@ -249,6 +253,7 @@ class Supervisor:
                 await actor.resume(tuple(child.taken), child.crash)
                 child.taken.clear()
                 child.crash = None
+                child.was_ready = True
                 child.ready.set()
                 await actor.run()
             finally:
@@ -258,7 +263,7 @@ class Supervisor:
             error = cancelled
         except Exception as crash:  # noqa: BLE001  supervision boundary: the exit message carries it
             error = crash
-        if error is not None and not child.ready.is_set():
+        if error is not None and not child.was_ready:
             child.crash = self._crashed(child, error)
         child.ended.set()
         if not self._stopping:
@@ -267,7 +272,7 @@ class Supervisor:
     def _exited(self, exit_: _Exit, group: TaskGroup, *, first_start: bool) -> bool:
         """Decide what follows an exit; ``False`` when the intensity is exceeded and everything fails."""
         child = self._children[exit_.child]
-        if exit_.generation != child.generation or (first_start and not child.ready.is_set()):
+        if exit_.generation != child.generation or (first_start and not child.was_ready):
             return True
         child.task = None
         child.ready = asyncio.Event()

@@ -421,8 +421,8 @@ async def test_a_switch_elsewhere_binds_buffered_operations_here_within_a_second
 
 
 @pytest.mark.anyio
-async def test_a_halt_under_buffered_load_lets_no_decision_of_the_old_epoch_in_behind_it(sqlite_url: str) -> None:
-    """Within one process too: whatever the journal holds behind the switch was decided under it."""
+async def test_a_buffered_decision_of_the_old_epoch_that_comes_in_behind_a_halt_says_so(sqlite_url: str) -> None:
+    """Within one process too: whatever the journal holds behind the switch was decided under it, or is marked late."""
     spine = shop(sqlite_url)
     stop = False
 
@@ -453,12 +453,18 @@ async def test_concurrent_switches_from_two_processes_make_one_chain(database_ur
 
 
 def check_epochs(bodies: list[dict[str, Any]]) -> None:
-    """Walk the journal: each switch follows the one before, each decision is of the epoch it stands in."""
+    """Walk the journal: each switch follows the one before, each decision is of the epoch it stands in.
+
+    Only what ran without waiting for its record may come late, and then says so.
+    """
     mode, epoch = "active", 1
     for body in bodies:
         if body["kind"] == "governance.changed":
             assert (body["from"], body["epoch"]) == (mode, epoch + 1), body
             mode, epoch = body["to"], body["epoch"]
+        elif body["kind"] == "decision" and body.get("late"):
+            assert body["durability"] == "buffered"
+            assert body["epoch"] < epoch
         elif body["kind"] == "decision":
             assert body["epoch"] == epoch, (mode, epoch, body)
             assert (body["allowed"], body["code"]) in {
@@ -552,14 +558,18 @@ def test_two_processes_switch_under_load_and_no_decision_of_an_older_epoch_follo
 @pytest.mark.anyio
 async def test_a_state_that_makes_no_sense_is_governed(sqlite_url: str) -> None:
     """Before any state was known, one that cannot be read governs: rules bind, and operators can set it right."""
-    async with running(shop(sqlite_url)):
-        pass
+    spine = shop(sqlite_url)
+    async with running(spine):
+        await spine.halt(**OPS)
     query(sqlite_url, "UPDATE governance SET state = 'purple'")
     spine = shop(sqlite_url)
     async with running(spine):
         assert spine.health().governance["state"] == "active"
-        assert (await execute(spine, None, 11)).error_code == "LIMIT"
-        assert (await execute(spine, None, 1)).success
+        with anyio.fail_after(5):
+            assert (await execute(spine, None, 11)).error_code == "LIMIT"
+            assert (await execute(spine, None, 1)).success
+            await spine.degrade(**OPS)
+            assert (await execute(spine, "new")).error_code == "DEGRADED_NEW_RUN"
 
 
 @pytest.mark.anyio

@@ -496,7 +496,7 @@ async def test_what_the_caller_changes_later_does_not_reach_the_handler(sqlite_u
     (params,) = seen
     assert params["dict"]["value"] == params["list"][0]["value"] == params["ordered"]["value"] == 1
     assert params["tuple"][0]["value"] == 1
-    assert params["dataclass"].value == params["model"].value == 1
+    assert params["dataclass"]["value"] == params["model"]["value"] == 1
     assert "late" not in params
 
 
