@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import Any, Protocol, assert_never
 
 from spine.governance.units import CommitOutcome, Committed, StorageFailed, Unit
 from spine.kernel.actor import Actor
@@ -63,6 +63,16 @@ class Progress:
     batches: int = 0
     units: int = 0
     storage_error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For health."""
+        return {
+            "available": self.storage_error is None,
+            "error": self.storage_error,
+            "last_seq": self.last_seq,
+            "batches": self.batches,
+            "units": self.units,
+        }
 
 
 class Audit(Actor):

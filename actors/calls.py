@@ -190,8 +190,8 @@ def _cancelled(call: Call) -> OperationResult:
             )
         case _:
             return OperationResult.fail(
-                f"operation {call.name!r} was cancelled because the Spine stopped or its registry restarted: what it did "
-                "before that may have taken effect",
+                f"operation {call.name!r} was cancelled because the Spine stopped or its registry restarted: what it "
+                "did before that may have taken effect",
                 "INTERRUPTED",
             )
 

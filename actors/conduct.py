@@ -206,8 +206,8 @@ class Conduct:
         )
         ended = "succeeded" if result.success else f"failed with {result.error_code}"
         error = (
-            f"operation {call.name!r} ran and {ended}, but its outcome is not recorded: {detail}; it is recorded when the "
-            "journal takes writes again"
+            f"operation {call.name!r} ran and {ended}, but its outcome is not recorded: {detail}; it is recorded when "
+            "the journal takes writes again"
         )
         return self.result(call, OperationResult(False, result.data, error, "OUTCOME_UNRECORDED"), False)
 

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, assert_never
-from uuid import UUID
 
 from actors import completion
 from actors.completion import Plan
@@ -18,12 +17,12 @@ from actors.conduct import UNWRITABLE
 from actors.dependencies import Dependencies
 from actors.outbox import Outbox, PendingEvents
 from actors.recorder import Recorder
-from actors.records import flat_text, text
+from actors.records import flat_text
+from actors.reports import Reports
 from actors.starts import implicit_start
-from spine.domains import Participant, RunFacts, lesson_row, policy_evaluation_row
+from spine.domains import Participant, RunFacts
 from spine.governance.authority import check_start
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
-from spine.governance.params import id_problem
 from spine.governance.transactions import (
     CompleteRun,
     CompletionConflict,
@@ -35,7 +34,7 @@ from spine.governance.transactions import (
     completion_digest,
     completion_problems,
 )
-from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch, StorageFailed
+from spine.governance.units import Committed, GuardFailed, StaleEpoch, StorageFailed
 from spine.kernel.actor import Actor
 from spine.kernel.errors import ActorCrashed, JournalError, Overloaded, SpineError, describe
 from spine.kernel.messages import Envelope
@@ -109,6 +108,7 @@ class Coordinator(Actor):
         self._outbox = Outbox(
             deps.exchange, deps.ids, completions.recorder, completions.source, completions.publisher, self._tasks
         )
+        self._reports = Reports(deps, completions.recorder)
         self._running: dict[tuple[str, str], asyncio.Future[None]] = {}
 
     def __repr__(self) -> str:
@@ -133,9 +133,9 @@ class Coordinator(Actor):
             case CompleteRun():
                 self._spawn(envelope, self._complete(envelope, message))
             case CreatePolicyEvaluation():
-                self._spawn(envelope, self._evaluation(envelope, message))
+                self._spawn(envelope, self._reports.evaluation(envelope, message))
             case EmitLesson():
-                self._spawn(envelope, self._lesson(envelope, message))
+                self._spawn(envelope, self._reports.lesson(envelope, message))
             case _:
                 assert_never(message)
 
@@ -154,8 +154,6 @@ class Coordinator(Actor):
         except Overloaded as error:
             work.close()
             envelope.fail(error)
-
-    # -- completing a run
 
     async def _complete(self, envelope: Envelope, request: CompleteRun) -> TransactionResult:
         if problems := completion_problems(request):
@@ -183,7 +181,7 @@ class Coordinator(Actor):
             try:
                 if owner is not None and owner != request.tenant_id:
                     raise TransactionFailed(
-                        f"run {request.run_id!r} belongs to another tenant than {request.tenant_id!r}: nothing was completed",
+                        f"run {request.run_id!r} belongs to another tenant, not {request.tenant_id!r}: nothing was done",
                         TransactionPhase.NOT_STARTED,
                         code="TENANT_MISMATCH",
                     )
@@ -337,8 +335,8 @@ class Coordinator(Actor):
     @staticmethod
     def _unavailable(request: CompleteRun, detail: str) -> TransactionFailed:
         return TransactionFailed(
-            f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free its "
-            "storage and complete the run again",
+            f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free "
+            "its storage and complete the run again",
             TransactionPhase.FAILED,
             code="JOURNAL_UNAVAILABLE",
         )
@@ -382,83 +380,6 @@ class Coordinator(Actor):
     async def _delivered(self, run_id: str, tx_id: str) -> bool:
         rows = await self._own.source.run_rows(run_id)
         return any(row.body["kind"] == "event.published" and row.body["tx_id"] == tx_id for row in rows)
-
-    # -- what workers report
-
-    async def _evaluation(self, envelope: Envelope, request: CreatePolicyEvaluation) -> str | None:
-        now, id_ = self.exchange.clock.time_us(), self._deps.ids.uuid()
-        try:
-            for name, value in (("run_id", request.run_id), ("tenant_id", request.tenant_id)):
-                if problem := id_problem(name, value):
-                    raise ValueError(problem)
-            row = policy_evaluation_row(request, id=id_, at=now)
-            record = Record(
-                "policy.evaluation",
-                now,
-                {"run_id": request.run_id, "tenant_id": request.tenant_id, "row": row.to_dict()["row"]},
-            )
-            return id_ if await self._report(envelope, request.run_id, request.tenant_id, record) else None
-        except (ValueError, SpineError) as error:
-            await self._unreported(request.run_id, request.tenant_id, "policies", "create_policy_evaluation", error)
-            return None
-
-    async def _lesson(self, envelope: Envelope, request: EmitLesson) -> UUID | None:
-        now, id_ = self.exchange.clock.time_us(), self._deps.ids.uuid()
-        try:
-            if problem := id_problem("tenant_id", request.tenant_id):
-                raise ValueError(problem)
-            row = lesson_row(request, id=id_, at=now)
-            record = Record("lesson", now, {"tenant_id": request.tenant_id, "row": row.to_dict()["row"]})
-            return UUID(id_) if await self._report(envelope, None, request.tenant_id, record) else None
-        except (ValueError, SpineError) as error:
-            await self._unreported(None, request.tenant_id, "lessons", f"emit_{request.lesson}_lesson", error)
-            return None
-
-    async def _report(self, envelope: Envelope, run_id: str | None, tenant_id: str, record: Record) -> bool:
-        """Record a report; raises ``SpineError`` when that fails."""
-        runs = self._deps.runs
-        while True:
-            owner = None if run_id is None else runs.cached(run_id) or await runs.tenant(run_id)
-            starts = run_id is not None and owner is None
-            try:
-                if owner is not None and owner != tenant_id:
-                    raise SpineError(f"run {run_id!r} belongs to another tenant than {tenant_id!r}")
-                rows = [record]
-                if starts and run_id is not None:
-                    state = self._deps.switch.state.effective(record.at)
-                    rows = [
-                        *implicit_start(self._deps, run_id, tenant_id, None, state, record.at, accepted=True),
-                        record,
-                    ]
-                outcome = await self._own.recorder.commit(rows, run_id=run_id, parent=envelope)
-                if isinstance(outcome, Committed):
-                    if starts and run_id is not None:
-                        runs.started(run_id, tenant_id)
-                    return True
-                if not (starts and isinstance(outcome, GuardFailed)):
-                    raise JournalError(f"the report was not recorded: {outcome}")
-            finally:
-                if starts and run_id is not None:
-                    runs.abandoned(run_id)
-
-    async def _unreported(self, run_id: Any, tenant_id: Any, domain: str, action: str, error: Exception) -> None:
-        """The failure of a report, in log and journal; it never reaches the worker."""
-        self.exchange.tracer.fault("spine.report.failed", exc=error, domain=domain, action=action, run_id=run_id)
-        if id_problem("tenant_id", tenant_id):
-            tenant_id = None
-        own = (
-            run_id is not None and id_problem("run_id", run_id) is None and self._deps.runs.cached(run_id) == tenant_id
-        )
-        now = self.exchange.clock.time_us()
-        fields = {
-            "run_id": run_id if own else None,
-            "tenant_id": tenant_id,
-            "domain": domain,
-            "action": action,
-            "error": text(str(error)),
-        }
-        record = Record("report.failed", now, fields)
-        await self._own.recorder.commit([record], run_id=run_id if own else None)
 
     def _log(self, event: str, envelope: Envelope, plan: Plan, result: TransactionResult) -> None:
         tracer = self.exchange.tracer

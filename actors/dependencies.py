@@ -80,6 +80,14 @@ class Dependencies:
         self.runs = KnownRuns(self.source)
         self.recall = Recall(self.source, exchange.clock)
 
+    def to_dict(self) -> dict[str, int]:
+        """What is not yet recorded, for health."""
+        return {
+            "buffered_rows": self.recorder.buffered_rows,
+            "buffered_lost": self.recorder.buffered_lost,
+            "unrecorded": len(self.recovery.unrecorded),
+        }
+
     def _stale(self) -> None:
         self.recovery.look_again()
 

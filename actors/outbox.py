@@ -1,4 +1,4 @@
-"""The outbox: hands committed events to the publisher, at least once, in order within a run, for as long as it takes."""
+"""The outbox: hands committed events to the publisher, at least once, in order within a run, until they are taken."""
 
 from __future__ import annotations
 

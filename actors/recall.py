@@ -109,8 +109,8 @@ class Recall:
                     return None
                 case "interrupted":
                     return AuthorityDecision.deny(
-                        f"the call with key {call.key!r} was interrupted and operation {call.name!r} is not idempotent: "
-                        "find out what it did before using another key",
+                        f"the call with key {call.key!r} was interrupted and {call.name!r} is not idempotent: find "
+                        " out what it did before using another key",
                         "IN_DOUBT",
                     )
                 case _ if self._clock.monotonic() + POLL_S >= call.deadline:

@@ -267,6 +267,6 @@ def storable(name: str, result: OperationResult) -> OperationResult:
     except (TypeError, RecursionError) as error:
         problem = f"is not JSON ({error})"
     return OperationResult.fail(
-        f"the handler of {name!r} ended, but its result {problem}: under an idempotency key it must be kept for repeats",
+        f"the handler of {name!r} ended, but its result {problem}: under an idempotency key it must be kept",
         "HANDLER_EXCEPTION:TypeError",
     )

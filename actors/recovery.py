@@ -78,7 +78,6 @@ class Recovery:
 
     async def keep(self, watch: Callable[[], Awaitable[None]]) -> None:
         """Keep house until cancelled; ``watch`` looks after the governance state."""
-        clock = self._exchange.clock
         tick = 0
         while True:
             try:

@@ -1,8 +1,8 @@
 """The registry: holds the operations, decides whether a call may run, and has every decision and outcome recorded.
 
-It understands ``Execute``, ``StartRun``, ``SwitchGovernance``, ``RegistryStatus`` and ``Ping``. ``_check_authority`` is the one
-place that decides and ``_audit_dispatch`` the one that records; what a call goes through after it has a slot is told in
-``conduct``.
+It understands ``Execute``, ``StartRun``, ``SwitchGovernance``, ``RegistryStatus`` and ``Ping``. ``_check_authority`` is
+the one place that decides and ``_audit_dispatch`` the one that records; what a call goes through after it has a slot is
+told in ``conduct``.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class Registry(Actor):
             self._begin(call, refusal)
         elif call.nested:
             reason = (
-                f"operation {name!r} runs {operation.concurrency} times already and a nested call never waits for a slot: "
-                "ask again later or raise its concurrency"
+                f"operation {name!r} runs {operation.concurrency} times already and a nested call never waits for a "
+                "slot: ask again later or raise its concurrency"
             )
             self._begin(call, AuthorityDecision.deny(reason, "OVERLOADED"))
         else:

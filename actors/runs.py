@@ -43,7 +43,7 @@ class KnownRuns:
         return self._tenants.get(run_id)
 
     async def tenant(self, run_id: str) -> str | None:
-        """The run's tenant; ``None`` makes the caller the one that starts it: it must call ``started`` or ``abandoned``."""
+        """The run's tenant; ``None`` makes the caller its starter, who must call ``started`` or ``abandoned``."""
         while True:
             if (tenant := self._tenants.get(run_id)) is not None:
                 return tenant

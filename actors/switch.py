@@ -62,7 +62,7 @@ class Switch:
         self.state = GovernanceState()
 
     async def refresh(self) -> GovernanceState:
-        """Read the state again; where it cannot be read the last known one holds, and before any was known: governed."""
+        """Read the state again; where it cannot be read the last known one holds, and before any: governed."""
         try:
             row = await self._source.governance()
         except JournalError as error:

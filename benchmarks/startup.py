@@ -34,15 +34,16 @@ def p8(plan: Plan) -> list[Line]:
     return [
         line("spine --help", "help", 150.0, samples),
         line("import spine", "import", 250.0, samples),
-        line("from spine import Spine (what a service imports)", "class", 250.0, samples),
+        line("from spine import Spine, which loads all but the journal", "class", None, samples),
     ]
 
 
-def line(work: str, name: str, most: float, samples: dict[str, Samples]) -> Line:
+def line(work: str, name: str, most: float | None, samples: dict[str, Samples]) -> Line:
     extra = samples[name].median("start_ms") - samples["bare"].median("start_ms")
     ours = side_text("spine", samples[name], "start_ms")
     theirs = side_text("bare interpreter", samples["bare"], "start_ms")
-    return Line("P8", f"{work}: time added to a bare interpreter's start", ours, theirs, extra, ("<=", most), " ms")
+    goal = None if most is None else ("<=", most)
+    return Line("P8", f"{work}: time added to a bare interpreter's start", ours, theirs, extra, goal, " ms")
 
 
 def start(command: list[str]) -> float:

@@ -116,7 +116,7 @@ class Declarations:
         found = {}
         for function, name in named:
             code = getattr(inspect.unwrap(function), "__code__", None)  # type: ignore[arg-type]
-            code = code or getattr(getattr(type(function), "__call__", None), "__code__", None)
+            code = code or getattr(type(function).__dict__.get("__call__"), "__code__", None)
             if isinstance(code, CodeType):
                 found[code] = name
         return found

@@ -11,7 +11,7 @@ import structlog
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of a committed transaction; ``event_id`` is the same at every delivery, so receivers can drop repeats."""
+    """An event of a committed transaction; ``event_id`` is the same at every delivery: receivers drop repeats by it."""
 
     event_id: str
     tx_id: str

@@ -11,7 +11,6 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast
 
-import anyio
 from pydantic import BaseModel
 
 from spine._install import check_install
@@ -30,14 +29,15 @@ from spine.governance.operations import (
 )
 from spine.governance.transactions import CompleteRun, TransactionResult
 from spine.health import Health
-from spine.kernel.errors import DeadlineExceeded, NotRunning, Overloaded, SpineFailed
+from spine.kernel.errors import DeadlineExceeded, NotRunning, Overloaded
 from spine.kernel.exchange import ROUTER, Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope, Lane, Reply, Request
 from spine.kernel.router import Router
-from spine.kernel.supervisor import START_UNDO_S, ChildSpec, Receipt, Supervisor
+from spine.kernel.supervisor import ChildSpec, Receipt, Supervisor
 from spine.kernel.tracing import Level, Tracer
 from spine.kernel.watchdog import Watchdog
+from spine.lifecycle import Gauges, Lifecycle
 from spine.publisher import LogPublisher, Publisher
 from spine.requests import RECIPIENTS, Posted, governed
 from spine.settings import Settings
@@ -138,7 +138,7 @@ class Spine(Declarations):
         self._freeze()
         system = _System(self)
         try:
-            await system.start()
+            await system.life.start()
         except BaseException:
             self._phase = "stopped"
             raise
@@ -154,7 +154,7 @@ class Spine(Declarations):
         self._check_place()
         self._phase = "stopping"
         _RUNNING.remove(self)
-        stopping = asyncio.create_task(system.stop(), name="spine.stop")
+        stopping = asyncio.create_task(system.life.stop(), name="spine.stop")
         try:
             return await asyncio.shield(stopping)
         except asyncio.CancelledError:
@@ -174,7 +174,7 @@ class Spine(Declarations):
         await self.stop()
 
     @asynccontextmanager
-    async def lifespan(self, app: object = None) -> AsyncIterator[dict[str, Any]]:
+    async def lifespan(self, _app: object = None) -> AsyncIterator[dict[str, Any]]:
         """Run with an ASGI application: ``FastAPI(lifespan=spine.lifespan)``."""
         async with self:
             yield {"spine": self}
@@ -278,7 +278,7 @@ class Spine(Declarations):
 
     def health(self) -> Health:
         """A snapshot of counters, actors, mailboxes and faults; never waits."""
-        return self._use().health(self._phase)
+        return self._use().life.health(self._phase)
 
     async def flush(self) -> None:
         """Return once everything buffered is durable."""
@@ -364,7 +364,7 @@ def _bounded(timeout_s: object) -> float:
 
 
 class _System:
-    """A started Spine from the inside: the exchange, the supervised actors, the journal and the watchdog."""
+    """The wiring: which parts a started Spine has, and which of them know of each other."""
 
     def __init__(self, spine: Spine) -> None:
         # SQLAlchemy costs a quarter of a second to import: only who opens a journal pays for it.
@@ -372,113 +372,43 @@ class _System:
         from spine.journal.writer import JournalWriter
 
         settings = spine._settings
-        self._settings = settings
-        self.clock = settings.clock
-        ids = Ids(self.clock, settings.seed)
+        ids = Ids(settings.clock, settings.seed)
         level = settings.trace or cast(Level, os.environ.get("SPINE_TRACE") or "off")
-        exchange = self.exchange = Exchange(self.clock, Tracer(ids.span_id(), level), credits=settings.credits)
-        self.writer, self.reader = JournalWriter(spine.url), JournalReader(spine.url)
-        self.progress = Progress()
-        parts = spine._participants
+        exchange = Exchange(settings.clock, Tracer(ids.span_id(), level), credits=settings.credits)
+        writer, reader = JournalWriter(spine.url), JournalReader(spine.url)
+        parts, progress = spine._participants, Progress()
         acting = tuple((domain.name, action_of(domain)) for domain in parts)
-        self.watchdog = Watchdog(exchange.loop, exchange.tracer, spine._code_names(), limit_s=settings.blocked_s)
-        self.dependencies = Dependencies(
+        deps = Dependencies(
             exchange=exchange,
             ids=ids,
-            source=self.reader,
+            source=reader,
             instance=ids.uuid(),
             operations=dict(spine._operations),
             rules=spine._rules_by_operation(),
             promises=lambda declared: promised(acting, declared),
             calls_most=2 * settings.credits + 64,
         )
-        self.completions = Completions(
-            self.dependencies, self.reader, parts, spine._publisher, Recorder(exchange, ids, coordinator.NAME)
-        )
-        self.supervisor = Supervisor(
+        completions = Completions(deps, reader, parts, spine._publisher, Recorder(exchange, ids, coordinator.NAME))
+        children = [
+            ChildSpec(audit.NAME, lambda: Audit(exchange, writer, progress)),
+            ChildSpec(ROUTER, lambda: Router(exchange)),
+            ChildSpec(registry.NAME, lambda: Registry(deps)),
+            ChildSpec(coordinator.NAME, lambda: Coordinator(completions)),
+        ]
+        for child in children:
+            exchange.mailbox(child.id)
+        self.clock, self.exchange, self.reader, self.dependencies = settings.clock, exchange, reader, deps
+        self.life = Lifecycle(
+            settings,
             exchange,
-            ids,
-            [
-                ChildSpec(audit.NAME, lambda: Audit(exchange, self.writer, self.progress)),
-                ChildSpec(ROUTER, lambda: Router(exchange)),
-                ChildSpec(registry.NAME, lambda: Registry(self.dependencies)),
-                ChildSpec(coordinator.NAME, lambda: Coordinator(self.completions)),
-            ],
-            settings.supervision,
-        )
-        for name in (audit.NAME, registry.NAME, coordinator.NAME):
-            exchange.mailbox(name)
-
-    async def start(self) -> None:
-        """Open the journal, then start the actors in order."""
-        await self.writer.open()
-        try:
-            await self.supervisor.start()
-        except BaseException:
-            with anyio.CancelScope(shield=True, deadline=anyio.current_time() + self._settings.stop_s):
-                await self.supervisor.stop(START_UNDO_S)
-                await self._close()
-            raise
-        self.watchdog.start()
-
-    async def stop(self) -> list[Receipt]:
-        """Close the ingress, drain, interrupt, stop in reverse, close the journal."""
-        exchange, settings = self.exchange, self._settings
-        give_up = exchange.loop.time() + settings.stop_s
-        if exchange.closed is None:
-            exchange.close(NotRunning("this Spine is stopping: it takes no new calls"))
-        await self._drained(min(settings.drain_s, settings.stop_s / 2))
-        receipts = await self.supervisor.stop(max(1.0, give_up - exchange.loop.time()))
-        self.watchdog.stop()
-        await self._close()
-        return receipts
-
-    async def _drained(self, seconds: float) -> None:
-        exchange = self.exchange
-        idle = exchange.loop.create_future()
-        exchange.on_idle(idle)
-        if not isinstance(exchange.closed, SpineFailed):
-            await asyncio.wait([idle], timeout=seconds)
-        exchange.on_idle(None)
-
-    async def _close(self) -> None:
-        exchange = self.exchange
-        for mailbox in exchange.mailboxes.values():
-            exchange.bury(mailbox)
-        for envelope in list(exchange.ledger.open.values()):
-            envelope.fail(NotRunning("this Spine stopped before it answered: the journal tells what was done"))
-        # The writer last: only the last connection to go can fold SQLite's log back into the file.
-        await self.reader.close()
-        await self.writer.close()
-
-    def health(self, phase: str) -> Health:
-        """A snapshot of everything that counts something."""
-        exchange, deps, supervisor = self.exchange, self.dependencies, self.supervisor
-        messages = exchange.ledger.counts()
-        failed = isinstance(exchange.closed, SpineFailed)
-        error = self.progress.storage_error
-        return Health(
-            ok=not failed and error is None and messages.balanced,
-            status="failed" if failed else phase,
-            governance=deps.switch.state.to_dict(),
-            messages=messages,
-            actors=supervisor.states(),
-            mailboxes={name: len(mailbox) for name, mailbox in exchange.mailboxes.items()},
-            decisions=asdict(deps.counts) | {"interrupted": deps.recovery.interrupted},
-            transactions=dict(self.completions.counts),
-            journal={
-                "available": error is None,
-                "error": error,
-                "last_seq": self.progress.last_seq,
-                "batches": self.progress.batches,
-                "units": self.progress.units,
-                "buffered_rows": deps.recorder.buffered_rows,
-                "buffered_lost": deps.recorder.buffered_lost,
-                "unrecorded": len(deps.recovery.unrecorded),
-                "log_events_lost": exchange.tracer.lost,
-            },
-            restarts=supervisor.restarted,
-            crashes=tuple(asdict(crash) for crash in supervisor.crashes),
-            dead_letters=tuple(asdict(letter) for letter in exchange.dead_letters),
-            blocked=tuple(asdict(report) for report in self.watchdog.reports),
+            Supervisor(exchange, ids, children, settings.supervision),
+            Watchdog(exchange.loop, exchange.tracer, spine._code_names(), limit_s=settings.blocked_s),
+            writer,
+            reader,
+            Gauges(
+                governance=lambda: deps.switch.state.to_dict(),  # noqa: PLW0108  the state of then, not of now
+                decisions=lambda: asdict(deps.counts) | {"interrupted": deps.recovery.interrupted},
+                transactions=lambda: dict(completions.counts),
+                journal=lambda: progress.to_dict() | deps.to_dict(),
+            ),
         )

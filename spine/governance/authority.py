@@ -23,7 +23,7 @@ BYPASS_MOST_S = 4 * 3600
 
 @dataclass(frozen=True, slots=True)
 class AuthorityDecision:
-    """The verdict before an operation runs; make one with ``allow``, ``deny``, ``allow_with_degraded_flag``, ``error``."""
+    """The verdict before an operation runs, made by ``allow``, ``deny``, ``allow_with_degraded_flag`` or ``error``."""
 
     allowed: bool
     degraded: bool

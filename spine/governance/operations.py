@@ -158,7 +158,7 @@ def declare(
 
 
 def _is_async(handler: Handler) -> bool:
-    call = getattr(type(handler), "__call__", None)
+    call = type(handler).__dict__.get("__call__")
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(call)
 
 

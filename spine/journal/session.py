@@ -57,6 +57,8 @@ class Session:
         """Open the connection; with ``create`` the schema is made if there is none, else it must be there."""
         if self._engine is not None:
             self._engine.dispose()
+        if self.target.path is not None and not create:
+            self._check_file(self.target.path)
         self._engine = writing_engine(self.target, busy_timeout_ms=self._busy_timeout_ms, create=create)
         if create:
             prepare_schema(self._engine, self.target)
@@ -72,14 +74,13 @@ class Session:
             proxy.close()
             raise
         self._connection = connection
-        if self.target.path is not None:
+        if self.target.path is not None and create:
             self._use_file(self.target.path)
 
     def _use_file(self, path: Path) -> None:
         status = path.stat()
         self._identity = (status.st_dev, status.st_ino)
-        if self._lock is None:
-            self._lock = FileLock(path.with_name(path.name + "-spine.lock"))
+        self._lock = FileLock(path.with_name(path.name + "-spine.lock"))
 
     def discard(self) -> None:
         """Drop the connection, whatever state it is in."""

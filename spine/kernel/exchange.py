@@ -123,7 +123,8 @@ class Exchange:
     ) -> Envelope:
         """Admit a message at once and return its envelope.
 
-        With ``reserved`` the credit has been taken by ``reserve``. A message in the ingress lane takes an admission credit until its end; with a ``parent`` it has at most the
+        A message in the ingress lane takes an admission credit until its end (``reserved`` tells that ``reserve`` has
+        taken it), and what its mailbox queue cannot hold is refused at once; with a ``parent`` it has at most the
         time left to the parent. Raises ``Overloaded``, ``MailboxClosed`` or ``SpineFailed`` when it is not admitted.
         """
         ingress = lane is Lane.INGRESS
@@ -133,7 +134,7 @@ class Exchange:
         if ingress and not reserved and self._credits <= 0:
             self.ledger.refused += 1
             raise Overloaded(
-                f"the spine mailbox has all its {self._limit} admission credits in use: ask again later or with wait=True"
+                f"the spine mailbox has all {self._limit} admission credits in use: ask again later or with wait=True"
             )
         now = self._now()
         deadline = now + timeout_s

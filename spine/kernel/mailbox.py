@@ -48,7 +48,7 @@ class Mailbox:
     def put(self, envelope: Envelope) -> None:
         """Queue the envelope at once.
 
-        Raises ``MailboxClosed`` after ``close`` and ``Overloaded`` when its lane is full; the envelope is then untouched.
+        Raises ``MailboxClosed`` after ``close`` and ``Overloaded`` when its lane is full; then nothing has changed.
         """
         lane = envelope.lane
         if self.closed:

@@ -291,7 +291,8 @@ class Supervisor:
         if not allowed:
             failure = SpineFailed(
                 f"actor {child.spec.id!r} crashed more than {policy.intensity} times in {policy.period_s} s, the last "
-                f"time with {describe(exit_.error) if exit_.error else 'a normal end'}: read the crash report, mend the cause and restart the process"
+                f"time with {describe(exit_.error) if exit_.error else 'a normal end'}: read the crash report, mend the "
+                "cause and restart the process"
             )
             exchange.tracer.fault("spine.failed", exc=failure, actor=child.spec.id)
             exchange.close(failure)

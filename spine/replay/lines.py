@@ -11,8 +11,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from spine.governance.operations import NAME
-from spine.governance.params import id_problem
-from spine.governance.params import text_problem
+from spine.governance.params import id_problem, text_problem
 
 LINE_MOST_BYTES = 1 << 20
 _NAME_MOST = 200

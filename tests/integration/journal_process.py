@@ -50,7 +50,8 @@ async def switch(url: str, times: str) -> None:
     done = 0
     while done < int(times):
         epoch = (await reader.governance()).epoch
-        (outcome,) = await writer.commit([Unit(f"switch-{os.getpid()}-{done}-{epoch}", [switched("halted", epoch + 1)])])
+        unit = Unit(f"switch-{os.getpid()}-{done}-{epoch}", [switched("halted", epoch + 1)])
+        (outcome,) = await writer.commit([unit])
         done += isinstance(outcome, Committed)
     await writer.close()
     await reader.close()

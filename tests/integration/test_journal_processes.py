@@ -56,9 +56,7 @@ def end(one: subprocess.Popen[str]) -> list[str]:
     return said.splitlines()
 
 
-def test_two_processes_under_load_keep_one_chain(
-    database_url: str, processes: list[subprocess.Popen[str]]
-) -> None:
+def test_two_processes_under_load_keep_one_chain(database_url: str, processes: list[subprocess.Popen[str]]) -> None:
     asyncio.run(write(database_url, []))
     processes += [process("load", database_url, name, "40") for name in ("a", "b")]
     go(*processes)

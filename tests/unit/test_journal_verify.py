@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield tmp_path_factory.mktemp("scratch") / "spine.db"
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a damaged copy goes; each example writes over the one before."""
+    return tmp_path_factory.mktemp("scratch") / "spine.db"
 
 
 def kinds(report: VerifyReport, seq: int | None = None) -> set[str]:
@@ -172,7 +172,8 @@ def test_a_changed_head_is_found(journal: str, statement: str, seq: int, kind: s
 
 def test_a_cut_end_with_its_head_set_back_shows_in_what_followed_from_it(journal: str) -> None:
     sql(journal, "DELETE FROM journal WHERE seq = ?", ROWS)
-    sql(journal, "UPDATE journal_head SET size = ?, hash = (SELECT hash FROM journal WHERE seq = ?)", ROWS - 1, ROWS - 1)
+    last = "(SELECT hash FROM journal WHERE seq = ?)"
+    sql(journal, f"UPDATE journal_head SET size = ?, hash = {last}", ROWS - 1, ROWS - 1)
     assert verify(journal).breaks == [Break("main", 0, "projection:governance")]
 
 

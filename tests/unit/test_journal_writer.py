@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch, StorageFailed, Unit, Write
 from spine.journal.chain import GENESIS, MAIN_PREFIX, row_hash
-from spine.journal.faults import CommitUnknown
+from spine.journal.faults import CommitUnknown, StorageError
 from spine.journal.oslock import FileLock
 from spine.journal.projections import (
     GUARD_DECISION_OPEN,
@@ -70,7 +71,9 @@ async def test_a_body_says_kind_time_and_unit_and_is_canonical(journal_url: str)
     assert row.raw == '{"a":[1,null,true],"at":42,"b":"\u00fc\\n\\u0000","kind":"run.denied","unit":"u1"}'
 
 
-async def test_the_same_units_give_the_same_bytes_on_both_databases(sqlite_url: str, journal_postgresql_url: str) -> None:
+async def test_the_same_units_give_the_same_bytes_on_both_databases(
+    sqlite_url: str, journal_postgresql_url: str
+) -> None:
     for url in (sqlite_url, journal_postgresql_url):
         assert all_committed(await write(url, day()))
     heads = []
@@ -369,9 +372,7 @@ BAD_WRITES = [
 
 async def test_writes_that_cannot_join_a_commit_fail_their_units(journal_url: str) -> None:
     units = [Unit(f"bad-{n}", [started(f"bad-{n}")], [bad]) for n, (bad, _) in enumerate(BAD_WRITES)]
-    first, *outcomes, last = await write(
-        journal_url, [Unit("g1", [started("a")]), *units, Unit("g2", [started("b")])]
-    )
+    first, *outcomes, last = await write(journal_url, [Unit("g1", [started("a")]), *units, Unit("g2", [started("b")])])
     assert (first, last) == (Committed(1, 1), Committed(2, 2))
     for outcome, (_, reason) in zip(outcomes, BAD_WRITES, strict=True):
         assert isinstance(outcome, GuardFailed)
@@ -401,15 +402,14 @@ async def test_a_lease_is_renewed_in_place_and_is_not_journaled(journal_url: str
         assert len(await reader.open_decisions(100)) == 1
         await writer.renew_lease("i1", 100, started_us=5)
         await writer.renew_lease("i1", 200, started_us=9)
+        assert await reader.open_decisions(150) == []
         assert await reader.open_decisions(200) == []
         assert [found.decision_id for found in await reader.open_decisions(201)] == ["d1"]
     assert sql(journal_url, "SELECT * FROM instances") == [("i1", 200, 5)]
     assert verify(journal_url).rows == 1
 
 
-async def test_cancelling_the_wait_does_not_undo_the_commit(
-    journal_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_cancelling_the_wait_does_not_undo_the_commit(journal_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reached, go_on, commit = threading.Event(), threading.Event(), Session.commit
 
     def slow(session: Session) -> None:
@@ -535,6 +535,38 @@ class _Locked:
         self._connection.close()
 
 
+async def test_units_written_one_by_one_do_not_each_wait_for_a_broken_database(
+    journal_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun_, begin = [], Session.begin
+
+    def breaking(session: Session) -> None:
+        begun_.append(session)
+        if len(begun_) > 2:
+            raise StorageError("the disk is gone")
+        begin(session)
+
+    async with writing(journal_url) as writer:
+        await writer.commit([Unit("u0", [started("taken")])])
+        monkeypatch.setattr(Session, "begin", breaking)
+        units = [Unit("u1", [started("a")]), *(Unit(f"u{n}", [started("taken")]) for n in range(2, 9))]
+        first, *rest = await writer.commit(units)
+    assert first == Committed(2, 2)
+    assert len(rest) == 7
+    assert all(isinstance(outcome, StorageFailed) and not outcome.unknown for outcome in rest)
+    assert len(begun_) == 3
+
+
+async def test_the_first_statement_of_a_batch_locks_out_other_writers(sqlite_url: str) -> None:
+    async with writing(sqlite_url) as writer:
+        session = writer._core._session
+        await writer._worker.call(session.begin)
+        with closing(sqlite3.connect(sqlite_url.partition("///")[2], timeout=0)) as other:
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("BEGIN IMMEDIATE")
+        await writer._worker.call(session.rollback)
+
+
 async def test_a_full_database_refuses_and_goes_on_when_there_is_space(sqlite_url: str) -> None:
     async with writing(sqlite_url) as writer:
         assert all_committed(await writer.commit([Unit("u1", [started("a")])]))
@@ -584,6 +616,10 @@ async def test_a_replaced_file_is_noticed(sqlite_url: str) -> None:
         (outcome,) = await writer.commit([Unit("u2", [started("b")])])
         assert isinstance(outcome, StorageFailed)
         assert not path.exists()
+        path.write_bytes(b"")
+        (outcome,) = await writer.commit([Unit("u2", [started("b")])])
+        assert isinstance(outcome, StorageFailed)
+        assert path.read_bytes() == b""
         moved.rename(path)
         assert await writer.commit([Unit("u3", [started("c")])]) == [Committed(2, 2)]
 

@@ -1,0 +1,100 @@
+"""What workers report about a run beside its completion; a report that cannot be recorded never reaches the worker."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from actors.dependencies import Dependencies
+from actors.recorder import Recorder
+from actors.records import text
+from actors.starts import implicit_start
+from spine.domains import lesson_row, policy_evaluation_row
+from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
+from spine.governance.params import id_problem
+from spine.governance.units import Committed, GuardFailed, Record
+from spine.kernel.errors import JournalError, SpineError
+from spine.kernel.messages import Envelope
+
+
+class Reports:
+    """Records evaluations and lessons; gives ``None`` for what it could not record, and says so in journal and log."""
+
+    def __init__(self, dependencies: Dependencies, recorder: Recorder) -> None:
+        self._deps = dependencies
+        self._exchange = dependencies.exchange
+        self._runs = dependencies.runs
+        self._recorder = recorder
+
+    async def evaluation(self, envelope: Envelope, request: CreatePolicyEvaluation) -> str | None:
+        now, id_ = self._exchange.clock.time_us(), self._deps.ids.uuid()
+        try:
+            for name, value in (("run_id", request.run_id), ("tenant_id", request.tenant_id)):
+                if problem := id_problem(name, value):
+                    raise ValueError(problem)
+            row = policy_evaluation_row(request, id=id_, at=now)
+            record = Record(
+                "policy.evaluation",
+                now,
+                {"run_id": request.run_id, "tenant_id": request.tenant_id, "row": row.to_dict()["row"]},
+            )
+            return id_ if await self._report(envelope, request.run_id, request.tenant_id, record) else None
+        except (ValueError, SpineError) as error:
+            await self._unreported(request.run_id, request.tenant_id, "policies", "create_policy_evaluation", error)
+            return None
+
+    async def lesson(self, envelope: Envelope, request: EmitLesson) -> UUID | None:
+        now, id_ = self._exchange.clock.time_us(), self._deps.ids.uuid()
+        try:
+            if problem := id_problem("tenant_id", request.tenant_id):
+                raise ValueError(problem)
+            row = lesson_row(request, id=id_, at=now)
+            record = Record("lesson", now, {"tenant_id": request.tenant_id, "row": row.to_dict()["row"]})
+            return UUID(id_) if await self._report(envelope, None, request.tenant_id, record) else None
+        except (ValueError, SpineError) as error:
+            await self._unreported(None, request.tenant_id, "lessons", f"emit_{request.lesson}_lesson", error)
+            return None
+
+    async def _report(self, envelope: Envelope, run_id: str | None, tenant_id: str, record: Record) -> bool:
+        """Record a report; raises ``SpineError`` when that fails."""
+        runs = self._runs
+        while True:
+            owner = None if run_id is None else runs.cached(run_id) or await runs.tenant(run_id)
+            starts = run_id is not None and owner is None
+            try:
+                if owner is not None and owner != tenant_id:
+                    raise SpineError(f"run {run_id!r} belongs to another tenant than {tenant_id!r}")
+                rows = [record]
+                if starts and run_id is not None:
+                    state = self._deps.switch.state.effective(record.at)
+                    rows = [
+                        *implicit_start(self._deps, run_id, tenant_id, None, state, record.at, accepted=True),
+                        record,
+                    ]
+                outcome = await self._recorder.commit(rows, run_id=run_id, parent=envelope)
+                if isinstance(outcome, Committed):
+                    if starts and run_id is not None:
+                        runs.started(run_id, tenant_id)
+                    return True
+                if not (starts and isinstance(outcome, GuardFailed)):
+                    raise JournalError(f"the report was not recorded: {outcome}")
+            finally:
+                if starts and run_id is not None:
+                    runs.abandoned(run_id)
+
+    async def _unreported(self, run_id: Any, tenant_id: Any, domain: str, action: str, error: Exception) -> None:
+        """The failure of a report, in log and journal; it never reaches the worker."""
+        self._exchange.tracer.fault("spine.report.failed", exc=error, domain=domain, action=action, run_id=run_id)
+        if id_problem("tenant_id", tenant_id):
+            tenant_id = None
+        own = run_id is not None and id_problem("run_id", run_id) is None and self._runs.cached(run_id) == tenant_id
+        now = self._exchange.clock.time_us()
+        fields = {
+            "run_id": run_id if own else None,
+            "tenant_id": tenant_id,
+            "domain": domain,
+            "action": action,
+            "error": text(str(error)),
+        }
+        record = Record("report.failed", now, fields)
+        await self._recorder.commit([record], run_id=run_id if own else None)
