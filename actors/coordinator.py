@@ -174,6 +174,8 @@ class Coordinator(Actor):
             self._running.pop(key).set_result(None)
 
     async def _attempt(self, envelope: Envelope, request: CompleteRun) -> TransactionResult:
+        # What the run's buffered operations left stands before its completion, and is counted by it.
+        await self._deps.recorder.flushed()
         digest = completion_digest(request)
         began = self.exchange.clock.monotonic()
         while not envelope.done:
@@ -181,7 +183,7 @@ class Coordinator(Actor):
             try:
                 if owner is not None and owner != request.tenant_id:
                     raise TransactionFailed(
-                        f"run {request.run_id!r} belongs to another tenant, not {request.tenant_id!r}: nothing was done",
+                        f"run {request.run_id!r} belongs to another tenant, not to {request.tenant_id!r}",
                         TransactionPhase.NOT_STARTED,
                         code="TENANT_MISMATCH",
                     )

@@ -12,7 +12,7 @@ from actors.calls import Call
 from spine.governance.authority import ALLOW, AuthorityDecision, GovernanceState, RuleOutcome, Verdict, flat
 from spine.governance.contract import Expectation
 from spine.governance.operations import OperationResult
-from spine.governance.params import PARAMS_MOST_BYTES
+from spine.governance.params import PARAMS_MOST_BYTES, InvalidParams, detached, plain
 from spine.governance.units import Record
 
 TEXT_MOST = 4000
@@ -260,11 +260,11 @@ def storable(name: str, result: OperationResult) -> OperationResult:
     if not result.data:
         return result
     try:
-        encoded = orjson.dumps(result.data)
+        encoded = orjson.dumps(detached(result.data), default=plain)
         if len(encoded) <= PARAMS_MOST_BYTES:
             return replace(result, data=orjson.loads(encoded))
         problem = f"is {len(encoded)} bytes as JSON, at most {PARAMS_MOST_BYTES} are kept"
-    except (TypeError, RecursionError) as error:
+    except (InvalidParams, TypeError) as error:
         problem = f"is not JSON ({error})"
     return OperationResult.fail(
         f"the handler of {name!r} ended, but its result {problem}: under an idempotency key it must be kept",

@@ -57,8 +57,8 @@ class Lifecycle:
 
     async def start(self) -> None:
         """Open the journal, then start the actors in order."""
-        await self.writer.open()
         try:
+            await self.writer.open()
             await self.supervisor.start()
         except BaseException:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + self.settings.stop_s):

@@ -374,8 +374,8 @@ class _System:
         settings = spine._settings
         ids = Ids(settings.clock, settings.seed)
         level = settings.trace or cast(Level, os.environ.get("SPINE_TRACE") or "off")
-        exchange = Exchange(settings.clock, Tracer(ids.span_id(), level), credits=settings.credits)
         writer, reader = JournalWriter(spine.url), JournalReader(spine.url)
+        exchange = Exchange(settings.clock, Tracer(ids.span_id(), level), credits=settings.credits)
         parts, progress = spine._participants, Progress()
         acting = tuple((domain.name, action_of(domain)) for domain in parts)
         deps = Dependencies(
@@ -397,11 +397,13 @@ class _System:
         ]
         for child in children:
             exchange.mailbox(child.id)
-        self.clock, self.exchange, self.reader, self.dependencies = settings.clock, exchange, reader, deps
+        self.clock, self.exchange, self.dependencies = settings.clock, exchange, deps
+        self.writer, self.reader = writer, reader
+        self.supervisor = Supervisor(exchange, ids, children, settings.supervision)
         self.life = Lifecycle(
             settings,
             exchange,
-            Supervisor(exchange, ids, children, settings.supervision),
+            self.supervisor,
             Watchdog(exchange.loop, exchange.tracer, spine._code_names(), limit_s=settings.blocked_s),
             writer,
             reader,

@@ -81,7 +81,7 @@ class Accepted:
         if not fields:
             return {}
         chosen = {name: self.values[name] for name in fields if name in self.values}
-        loaded: dict[str, Any] = orjson.loads(orjson.dumps(chosen, default=_plain))
+        loaded: dict[str, Any] = orjson.loads(orjson.dumps(chosen, default=plain))
         return loaded
 
     def scrub(self, text: str) -> str:
@@ -150,17 +150,17 @@ def _private(value: Any, path: str, depth: int, problems: list[Problem]) -> Any:
 
 
 def _encode(values: dict[str, Any], secrets: list[str]) -> bytes:
-    """The values as canonical JSON, secrets masked; the slow walk that names every problem happens on suspicion only."""
+    """The values as canonical JSON, secrets masked; the walk that names every problem happens on suspicion only."""
 
-    def plain(value: Any) -> Any:
+    def collect(value: Any) -> Any:
         if isinstance(value, SecretStr):
             secrets.append(value.get_secret_value())
         elif isinstance(value, SecretBytes):
             secrets.append(value.get_secret_value().decode("utf-8", "backslashreplace"))
-        return _plain(value)
+        return plain(value)
 
     try:
-        text = orjson.dumps(values, default=plain, option=orjson.OPT_SORT_KEYS | orjson.OPT_STRICT_INTEGER)
+        text = orjson.dumps(values, default=collect, option=orjson.OPT_SORT_KEYS | orjson.OPT_STRICT_INTEGER)
     except (TypeError, RecursionError) as error:
         raise _refused(list(_walk(values, "", 0)) or [("params", str(error), "")]) from None
     if len(text) > PARAMS_MOST_BYTES:
@@ -194,7 +194,8 @@ def copied(value: Any) -> Any:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """How a leaf that JSON does not know is written: secrets masked, decimals as text; raises ``TypeError``."""
     if isinstance(value, (SecretStr, SecretBytes)):
         return MASK
     if isinstance(value, Decimal):
@@ -243,7 +244,7 @@ def _walk(value: Any, path: str, depth: int) -> Iterator[Problem]:
             yield from _walk(item, f"{path}[{index}]", depth + 1)
     else:
         try:
-            orjson.dumps(value, default=_plain)
+            orjson.dumps(value, default=plain)
         except (TypeError, RecursionError):
             yield here, f"is {type(value).__name__}, which is not JSON", ""
 
@@ -295,3 +296,8 @@ def id_problem(name: str, value: object, *, optional: bool = False) -> str | Non
     if not value.isprintable():
         return f"{name} {ascii(value)[:80]} holds a control character"
     return None
+
+
+def detached(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A handler's data as plain containers that nobody else holds; raises ``InvalidParams`` when it cannot be JSON."""
+    return _copied(data)

@@ -268,6 +268,9 @@ class Supervisor:
         child.ended.set()
         if not self._stopping:
             self._tell.send_nowait(_Exit(child.spec.id, generation, error))
+        elif error is not None and not isinstance(error, asyncio.CancelledError):
+            # Nobody serves exits any more, but who waits for this message is told all the same.
+            self._report(child, error)
 
     def _exited(self, exit_: _Exit, group: TaskGroup, *, first_start: bool) -> bool:
         """Decide what follows an exit; ``False`` when the intensity is exceeded and everything fails."""
@@ -291,8 +294,8 @@ class Supervisor:
         if not allowed:
             failure = SpineFailed(
                 f"actor {child.spec.id!r} crashed more than {policy.intensity} times in {policy.period_s} s, the last "
-                f"time with {describe(exit_.error) if exit_.error else 'a normal end'}: read the crash report, mend the "
-                "cause and restart the process"
+                f"time with {describe(exit_.error) if exit_.error else 'a normal end'}: read the crash report, mend "
+                "the cause and restart the process"
             )
             exchange.tracer.fault("spine.failed", exc=failure, actor=child.spec.id)
             exchange.close(failure)

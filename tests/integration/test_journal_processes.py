@@ -105,8 +105,8 @@ def test_a_switch_binds_every_process_from_its_commit(
     database_url: str, processes: list[subprocess.Popen[str]]
 ) -> None:
     asyncio.run(write(database_url, []))
-    processes += [process("switch", database_url, "20") for _ in range(2)]
-    processes += [process("decide", database_url, name, "100") for name in ("a", "b")]
+    processes += [process("switch", database_url, "10") for _ in range(2)]
+    processes += [process("decide", database_url, name, "50") for name in ("a", "b")]
     go(*processes)
     for one in processes:
         end(one)
@@ -125,7 +125,7 @@ def test_a_switch_binds_every_process_from_its_commit(
         else:
             assert body["epoch"] == epoch
             decisions += 1
-    assert (epoch, decisions) == (41, 200)
+    assert (epoch, decisions) == (21, 100)
     assert verify(database_url).ok
 
 

@@ -124,7 +124,7 @@ UNITS = st.one_of(
 BATCHES = st.lists(st.lists(st.tuples(UNITS, st.sampled_from([None, 1, 2])), max_size=8), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(batches=BATCHES)
 def test_batches_end_as_their_units_would_one_by_one(batches: list[list[tuple[list[object], int | None]]]) -> None:
     named = [

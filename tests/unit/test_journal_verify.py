@@ -180,19 +180,24 @@ def test_a_cut_end_with_its_head_set_back_shows_in_what_followed_from_it(journal
 FILLED = [table for table in PROJECTIONS if table.name != "traces"]
 
 
-def test_an_edited_projection_is_found(journal: str) -> None:
+def test_an_edit_of_any_column_of_any_projection_is_found_and_named(journal: str) -> None:
     for table in FILLED:
         keys = [column.name for column in table.primary_key.columns]
+        others = {
+            column.name: {"BIGINT": 77, "BOOLEAN": True}.get(str(column.type), "x")
+            for column in table.columns
+            if column.name not in keys
+        }
+        names = ", ".join(others)
         first = sql(journal, f"SELECT {', '.join(keys)} FROM {table.name} ORDER BY {', '.join(keys)} LIMIT 1")[0]
         place = " AND ".join(f"{key} = ?" for key in keys)
-        for column in table.columns:
-            if column.name in keys:
-                continue
-            ((before,),) = sql(journal, f"SELECT {column.name} FROM {table.name} WHERE {place}", *first)
-            other: Any = {"BIGINT": 77, "BOOLEAN": True}.get(str(column.type), "x")
-            sql(journal, f"UPDATE {table.name} SET {column.name} = ? WHERE {place}", other, *first)
-            assert kinds(verify(journal)) == {f"projection:{table.name}"}, (table.name, column.name)
-            sql(journal, f"UPDATE {table.name} SET {column.name} = ? WHERE {place}", before, *first)
+        (before,) = sql(journal, f"SELECT {names} FROM {table.name} WHERE {place}", *first)
+        change = f"UPDATE {table.name} SET {', '.join(f'{name} = ?' for name in others)} WHERE {place}"
+        sql(journal, change, *others.values(), *first)
+        (broken,) = verify(journal).breaks
+        assert broken.kind == f"projection:{table.name}"
+        assert all(f"{name} is " in broken.detail for name in others)
+        sql(journal, change, *before, *first)
     assert verify(journal).ok
 
 

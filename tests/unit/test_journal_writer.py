@@ -71,9 +71,7 @@ async def test_a_body_says_kind_time_and_unit_and_is_canonical(journal_url: str)
     assert row.raw == '{"a":[1,null,true],"at":42,"b":"\u00fc\\n\\u0000","kind":"run.denied","unit":"u1"}'
 
 
-async def test_the_same_units_give_the_same_bytes_on_both_databases(
-    sqlite_url: str, journal_postgresql_url: str
-) -> None:
+async def test_both_databases_hold_the_same_bytes(sqlite_url: str, journal_postgresql_url: str) -> None:
     for url in (sqlite_url, journal_postgresql_url):
         assert all_committed(await write(url, day()))
     heads = []
@@ -561,9 +559,11 @@ async def test_the_first_statement_of_a_batch_locks_out_other_writers(sqlite_url
     async with writing(sqlite_url) as writer:
         session = writer._core._session
         await writer._worker.call(session.begin)
-        with closing(sqlite3.connect(sqlite_url.partition("///")[2], timeout=0)) as other:
-            with pytest.raises(sqlite3.OperationalError, match="locked"):
-                other.execute("BEGIN IMMEDIATE")
+        with (
+            closing(sqlite3.connect(sqlite_url.partition("///")[2], timeout=0)) as other,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            other.execute("BEGIN IMMEDIATE")
         await writer._worker.call(session.rollback)
 
 

@@ -395,6 +395,17 @@ async def test_a_message_to_nobody_becomes_a_dead_letter_and_its_sender_hears_wh
         assert [letter.recipient for letter in built.exchange.dead_letters] == ["nobody", "nobody"]
 
 
+async def test_a_tell_ends_handled_or_dead_lettered_and_in_no_other_way() -> None:
+    """Nobody waits for it, so it cannot fail, expire or be cancelled: what keeps it from being handled buries it."""
+    own = exchange()
+    ends_of_an_ask = (lambda e: own.fail(e, ValueError("x")), own.expire)
+    for end in ends_of_an_ask:
+        end(own.post(Say("tell"), "worker", timeout_s=5, reply=False))
+    counts = own.ledger.counts()
+    assert counts.ended["dead_lettered"] == 2
+    assert counts.in_flight == 0
+
+
 # -- closing
 
 
