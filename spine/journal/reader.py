@@ -25,6 +25,7 @@ from spine.journal.engine import (
     read_only_uri,
     unavailable,
 )
+from spine.journal.processes import closed, opened, surely_dead
 from spine.journal.rows import (
     Counts,
     GovernanceRow,
@@ -68,8 +69,18 @@ class JournalReader:
     async def _open(self) -> AsyncEngine:
         async with self._opening:
             if self._engine is None:
-                self._engine = await self._connect()
+                if self._target.path is not None:
+                    opened(self._target.path)
+                try:
+                    self._engine = await self._connect()
+                except BaseException:
+                    self._closed()
+                    raise
             return self._engine
+
+    def _closed(self) -> None:
+        if self._target.path is not None:
+            closed(self._target.path)
 
     async def _connect(self) -> AsyncEngine:
         engine = _engine(self._target)
@@ -91,6 +102,7 @@ class JournalReader:
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.dispose()
+            self._closed()
 
     async def head(self) -> HeadRow:
         """Where the chain ends."""
@@ -162,14 +174,25 @@ class JournalReader:
         return body
 
     async def open_decisions(self, instances_dead_before_us: int) -> list[OpenDecision]:
-        """Decisions without an outcome whose process held no lease at that time (unix microseconds), oldest first."""
-        columns = ", ".join(f"d.{field.name}" for field in fields(OpenDecision))
-        found = await self._all(
-            f"SELECT {columns} FROM open_decisions d LEFT JOIN instances i ON i.instance = d.instance "
-            "WHERE i.instance IS NULL OR i.lease_until_at < ? ORDER BY d.seq",
-            instances_dead_before_us,
+        """Decisions without an outcome whose process is dead, oldest first.
+
+        Dead is who held no lease at that time (unix microseconds), or ran on this machine and surely runs no more.
+        """
+        owners = await self._all(
+            "SELECT d.instance, i.lease_until_at, i.process FROM (SELECT DISTINCT instance FROM open_decisions) d "
+            "LEFT JOIN instances i ON i.instance = d.instance"
         )
-        return [OpenDecision(*values) for values in found]
+        dead = [
+            instance
+            for instance, until, process in owners
+            if until is None or until < instances_dead_before_us or surely_dead(process)
+        ]
+        columns = ", ".join(field.name for field in fields(OpenDecision))
+        found: list[OpenDecision] = []
+        for instance in dead:
+            rows = await self._all(f"SELECT {columns} FROM open_decisions WHERE instance = ?", instance)
+            found += [OpenDecision(*values) for values in rows]
+        return sorted(found, key=lambda decision: decision.seq)
 
     async def pending_events(self, limit: int = 100) -> list[dict[str, Any]]:
         """The bodies of up to ``limit`` events that wait to be published, in journal order."""

@@ -17,6 +17,7 @@ from spine.journal.chain import STREAM
 from spine.journal.engine import Target, check_version, prepare_schema, stored_version, writing_engine
 from spine.journal.faults import CommitUnknown, StorageError, UnitFault, is_unit
 from spine.journal.oslock import FileLock
+from spine.journal.processes import closed, opened
 from spine.journal.statements import Params, Placeholder, Statement, insert
 
 _JOURNAL: Final = insert("journal", 0, "journal row", "stream seq prev hash body kind unit run_id tenant_id ref")
@@ -37,6 +38,7 @@ class Session:
         self._placeholder: Placeholder = "?" if target.dialect == "sqlite" else "%s"
         self._begin = "BEGIN IMMEDIATE" if target.dialect == "sqlite" else "BEGIN"
         self._for_update = "" if target.dialect == "sqlite" else " FOR UPDATE"
+        self._opened = False
         self._engine: Engine | None = None
         self._connection: Any = None
         self._lock: FileLock | None = None
@@ -57,6 +59,9 @@ class Session:
         """Open the connection; with ``create`` the schema is made if there is none, else it must be there."""
         if self._engine is not None:
             self._engine.dispose()
+        if self.target.path is not None and not self._opened:
+            opened(self.target.path)
+            self._opened = True
         if self.target.path is not None and not create:
             self._check_file(self.target.path)
         self._engine = writing_engine(self.target, busy_timeout_ms=self._busy_timeout_ms, create=create)
@@ -98,6 +103,9 @@ class Session:
             self._engine.dispose()
         if self._lock is not None:
             self._lock.close()
+        if self._opened and self.target.path is not None:
+            closed(self.target.path)
+            self._opened = False
             self._lock = None
 
     def begin(self) -> None:

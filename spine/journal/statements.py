@@ -66,8 +66,8 @@ def update(table: str, rank: int, guard: str, sets: str, where: str, *, key: Seq
     return Statement(table=table, rank=rank, guard=guard, head=text, item="", tail="", key=itemgetter(*key), many=False)
 
 
-def delete(table: str, rank: int, guard: str, column: str, *, undoes: Statement | None = None) -> Statement:
-    """A delete by a key of one column."""
+def delete(table: str, rank: int, guard: str, column: str, *, undoes: Statement) -> Statement:
+    """A delete, by a key of one column, of what ``undoes`` inserted."""
     return Statement(
         table=table,
         rank=rank,

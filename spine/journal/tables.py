@@ -225,7 +225,13 @@ policy_evaluations = _domain("policy_evaluations")
 traces = _domain("traces")
 lessons = _domain("lessons")
 
-instances = _small("instances", _text("instance", key=True), _int("lease_until_at"), _int("started_at", null=True))
+instances = _small(
+    "instances",
+    _text("instance", key=True),
+    _int("lease_until_at"),
+    _int("started_at", null=True),
+    _text("process", null=True),
+)
 
 DOMAIN_TABLES: Final = (incidents, policy_evaluations, traces, lessons)
 PROJECTIONS: Final = (

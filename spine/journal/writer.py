@@ -20,6 +20,7 @@ from spine.journal.faults import (
     is_storage,
     is_unit,
 )
+from spine.journal.processes import this_process
 from spine.journal.session import Session
 from spine.journal.thread import Worker
 from spine.kernel.errors import JournalError
@@ -30,8 +31,12 @@ _FIND_UNITS: Final = (
     "AND unit IN ({}) GROUP BY unit"
 )
 _ROW_HASH: Final = f"SELECT hash FROM journal WHERE stream = '{STREAM}' AND seq = ?"
+_FORGET: Final = (
+    "DELETE FROM instances WHERE lease_until_at < ? AND instance NOT IN (SELECT instance FROM open_decisions)"
+)
+_FORGET_AFTER_US: Final = 24 * 3600 * 1_000_000
 _RENEW: Final = (
-    "INSERT INTO instances (instance, lease_until_at, started_at) VALUES (?, ?, ?) "
+    "INSERT INTO instances (instance, lease_until_at, started_at, process) VALUES (?, ?, ?, ?) "
     "ON CONFLICT (instance) DO UPDATE SET lease_until_at = excluded.lease_until_at"
 )
 
@@ -217,7 +222,8 @@ class GroupCommit:
         """Say that ``instance`` lives until ``until_us``. Raises JournalUnavailable."""
         with self._own_statement() as session:
             session.begin()
-            session.execute(_RENEW, (instance, until_us, started_us))
+            session.execute(_RENEW, (instance, until_us, started_us, this_process() or None))
+            session.execute(_FORGET, (until_us - _FORGET_AFTER_US,))
             session.commit()
 
     @contextmanager

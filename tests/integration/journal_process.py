@@ -154,7 +154,10 @@ async def _forked(writer: JournalWriter, url: str) -> None:
         except JournalError as error:
             say("refused", "fork" in str(error))
     await writer.close()
-    say("own", (await write(url, [Unit("child-1", [started("child-1")])]))[0])
+    try:
+        say("own", (await write(url, [Unit("child-1", [started("child-1")])]))[0])
+    except JournalError as error:
+        say("own refused", "inherited connections" in str(error))
 
 
 if __name__ == "__main__":

@@ -82,9 +82,7 @@ async def make(url: str, *domains: Local, publisher: Any = None, **settings: Any
     """A Spine over a database that has the user's table."""
     spine = Spine(url, domains=domains, publisher=publisher or Published(), settings=Settings(**settings))
     async with running(spine):
-        query(
-            url, "CREATE TABLE IF NOT EXISTS bills (id TEXT PRIMARY KEY, run_id TEXT NOT NULL, cents INTEGER NOT NULL)"
-        )
+        query(url, BILLS)
     return spine
 
 

@@ -313,7 +313,7 @@ async def test_denials_starts_switches_and_completions_are_committed_before_they
         assert found(sqlite_url, "tx.committed", tx_id=completed.transaction_id)
 
 
-FULL_DISK = '''
+FULL_DISK = """
 import asyncio, json, resource, sys
 from spine import OperationContext, Spine
 from spine.governance.transactions import TransactionFailed
@@ -355,7 +355,7 @@ async def main(url):
     print(json.dumps(lines))
 
 asyncio.run(main(sys.argv[1]))
-'''
+"""
 
 
 async def test_on_a_full_disk_nothing_runs_unrecorded_and_what_had_run_is_recorded_when_space_returns(

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,7 +121,7 @@ async def test_a_long_line_of_waiting_callers_is_served_first_come_first_served(
     async def caller(number: int) -> None:
         await own.reserve(30)
         order.append(number)
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         own.reply(admit(own, reserved=True), "x")
 
     with anyio.fail_after(10):
@@ -203,6 +204,23 @@ async def test_not_more_callers_wait_than_there_are_credits() -> None:
     for turn in waiting:
         turn.cancel()
     await asyncio.wait(waiting)
+
+
+async def test_callers_that_gave_up_waiting_take_no_place_in_the_line() -> None:
+    own = exchange(credits=1)
+    held = admit(own)
+    for _ in range(5):
+        impatient = asyncio.ensure_future(own.reserve(30))
+        await anyio.wait_all_tasks_blocked()
+        impatient.cancel()
+        await asyncio.wait([impatient])
+    patient = asyncio.ensure_future(own.reserve(30))
+    await anyio.wait_all_tasks_blocked()
+    assert not patient.done()
+    own.reply(held, "x")
+    await asyncio.wait_for(patient, 5)
+    own.unreserve()
+    assert own.credits_in_use == 0
 
 
 async def test_a_reservation_that_is_not_used_can_be_given_back() -> None:

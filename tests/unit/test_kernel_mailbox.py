@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -148,7 +149,7 @@ async def test_no_wake_up_is_lost_between_puts_takes_and_waits() -> None:
         for number in range(first, first + 200):
             mailbox.put(envelope(number, Lane(number % 3)))
             if number % 7 == first % 7:
-                await anyio.sleep(0)
+                await anyio.lowlevel.checkpoint()
 
     with anyio.fail_after(10):
         async with anyio.create_task_group() as group:

@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from spine.kernel.errors import Overloaded
@@ -61,7 +62,7 @@ async def test_draining_waits_for_what_tasks_start_meanwhile() -> None:
     done: list[int] = []
 
     async def work(left: int) -> None:
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         if left:
             tasks.spawn(work(left - 1))
         done.append(left)

@@ -84,7 +84,12 @@ def _journal() -> None:
         **SMALL,
     )
     op.create_table(
-        "instances", _text("instance", key=True), _int("lease_until_at"), _int("started_at", null=True), **SMALL
+        "instances",
+        _text("instance", key=True),
+        _int("lease_until_at"),
+        _int("started_at", null=True),
+        _text("process", null=True),
+        **SMALL,
     )
 
 

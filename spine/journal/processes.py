@@ -1,0 +1,71 @@
+"""Which process this is, which others surely live no more, and which files a fork inherited from its parent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from spine.kernel.errors import JournalUnavailable
+
+# SQLite keeps its locks in one table a process; these two mirror what a fork does to that table.
+_OPEN: dict[str, int] = {}
+_INHERITED: dict[str, int] = {}
+
+
+def this_process() -> str:
+    """A name of this process that no other has, on this machine since its boot; empty where that is not known."""
+    return _name(os.getpid())
+
+
+def surely_dead(process: str | None) -> bool:
+    """Whether ``process`` ran on this machine, in this process namespace, and runs no more."""
+    here = this_process()
+    if not process or not here:
+        return False
+    place, _, rest = process.partition("/")
+    pid = rest.partition("/")[0]
+    return place == here.partition("/")[0] and pid.isdigit() and _name(int(pid)) != process
+
+
+def _name(pid: int) -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+    try:
+        # The name in brackets may hold anything, so what follows the last bracket is counted: field 22 is the start.
+        started = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode("ascii")
+    except (OSError, IndexError):
+        return "gone"
+    return f"{boot} {namespace}/{pid}/{started}"
+
+
+def opened(path: Path) -> None:
+    """Note that this process opens the SQLite file ``path``; raises JournalUnavailable for one its parent had open."""
+    name = os.path.realpath(path)
+    if name in _INHERITED:
+        raise JournalUnavailable(
+            f"process {os.getpid()} was forked from {_INHERITED[name]}, which had {name} open: SQLite would lose "
+            "commits made beside inherited connections; fork before the Spine starts, start a new process, or use "
+            "PostgreSQL"
+        )
+    _OPEN[name] = _OPEN.get(name, 0) + 1
+
+
+def closed(path: Path) -> None:
+    """Note that one opening of ``path`` is over."""
+    name = os.path.realpath(path)
+    left = _OPEN.get(name, 0) - 1
+    if left > 0:
+        _OPEN[name] = left
+    else:
+        _OPEN.pop(name, None)
+
+
+def _forked() -> None:
+    _INHERITED.update(dict.fromkeys(_OPEN, os.getppid()))
+    _OPEN.clear()
+
+
+os.register_at_fork(after_in_child=_forked)
