@@ -55,6 +55,14 @@ class Writer(Protocol):
         """Write the lease row; it is not journaled."""
 
 
+class Reader(Protocol):
+    """What the audit actor needs of the journal's reader."""
+
+    async def close(self) -> None:
+        """Give its connections back; the next reading opens new ones."""
+        ...
+
+
 @dataclass(slots=True)
 class Progress:
     """How far the writing has come; outlives the actor's incarnations."""
@@ -80,8 +88,9 @@ class Audit(Actor):
 
     name = NAME
 
-    def __init__(self, exchange: Exchange, writer: Writer, progress: Progress) -> None:
+    def __init__(self, exchange: Exchange, writer: Writer, reader: Reader, progress: Progress) -> None:
         super().__init__(exchange)
+        self._reader = reader
         self._writer = writer
         self._progress = progress
 
@@ -140,6 +149,10 @@ class Audit(Actor):
             [progress.last_seq, *(outcome.last for outcome in outcomes if isinstance(outcome, Committed))]
         )
         failed = next((outcome for outcome in outcomes if isinstance(outcome, StorageFailed)), None)
+        if failed is not None:
+            # SQLite shares what it believes of a file among a process's connections: while one of them stays open, a
+            # file that was read-only stays so for the writer too.
+            await self._reader.close()
         self._storage(failed)
         for envelope, outcome in zip(batch, outcomes, strict=True):
             if envelope.reply_to is None:

@@ -18,6 +18,8 @@ from spine.governance.params import Accepted
 from spine.kernel.errors import describe
 from spine.kernel.messages import Envelope
 
+# A caller is answered at most this long after the operation's own deadline: time to cancel and to record.
+ANSWER_MARGIN_S = 10.0
 # How long a cancelled handler may take to end before its caller is answered without it.
 CANCEL_GRACE_S = 1.0
 
@@ -63,7 +65,8 @@ class Call:
         self.request = request
         self.operation = operation
         self.name = name
-        self.deadline = envelope.enqueued + limit
+        # A nested call's deadline is its parent's at the latest.
+        self.deadline = min(envelope.enqueued + limit, envelope.deadline - ANSWER_MARGIN_S)
         self.began = now
         self.tenant_id: str | None = request.tenant_id
         self.run_id: str | None = request.run_id
@@ -116,10 +119,11 @@ class Call:
         return self.request.parent is not None
 
     def interrupt(self, cause: str) -> None:
-        """Cancel the handler; its outcome will carry ``cause``."""
-        if self.handling and self.cause is None and self.task is not None:
+        """Cancel the handler, or keep it from starting; the outcome will carry ``cause``."""
+        if self.cause is None:
             self.cause = cause
-            self.task.cancel()
+            if self.handling and self.task is not None:
+                self.task.cancel()
 
     def expire(self) -> None:
         """The operation's deadline passed: cancel the handler, and if it will not end, go on without it."""

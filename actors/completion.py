@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,7 +102,12 @@ def _ask(step: Step, facts: RunFacts) -> None:
     if isinstance(domain, BuiltIn):
         step.rows = domain.rows(facts)
         return
-    writes = tuple(domain.plan(facts))
+    planned: object = domain.plan(facts)
+    if inspect.iscoroutine(planned):
+        planned.close()
+    if not isinstance(planned, Sequence):
+        raise TypeError(f"domain {domain.name!r} planned {type(planned).__name__}: plan(run) must return Write objects")
+    writes = tuple(planned)
     for write in writes:
         if not isinstance(write, Write):
             raise TypeError(

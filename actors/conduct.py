@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any, Protocol, assert_never
 
 from actors import records
-from actors.calls import Call, run_handler
-from actors.dependencies import ANSWER_MARGIN_S, Dependencies
+from actors.calls import ANSWER_MARGIN_S, Call, run_handler
+from actors.dependencies import Dependencies
 from spine.governance.authority import AuthorityDecision, Verdict, flat
 from spine.governance.operations import Execute, OperationResult, ungoverned
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, StaleEpoch, StorageFailed
@@ -99,6 +99,11 @@ class Conduct:
 
     def _overdue(self, call: Call) -> AuthorityDecision | None:
         """Why what has not started will not start."""
+        if call.cause is not None:
+            return AuthorityDecision.deny(
+                f"the Spine stopped or its registry restarted before operation {call.name!r} started: it did not run",
+                call.cause,
+            )
         if self._now() >= call.deadline:
             return AuthorityDecision.deny(
                 f"the deadline passed before operation {call.name!r} started: it did not run", "TIMEOUT"

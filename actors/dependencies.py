@@ -18,9 +18,6 @@ from spine.governance.units import CommitOutcome, Record
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 
-# A caller is answered at most this long after the operation's own deadline: time to cancel and to record.
-ANSWER_MARGIN_S = 10.0
-
 
 class Source(RunSource, KeySource, GovernanceSource, OpenDecisions, Protocol):
     """The journal as the registry reads it."""

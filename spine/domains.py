@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -313,6 +314,10 @@ def class_of(domain: object) -> DomainClass:
         raise ConfigurationError(f"{label}: `after` must be a tuple of domain names, () for none; found {after!r}")
     if isinstance(domain, type):
         raise ConfigurationError(f"{label} is the class {domain.__qualname__}: pass an instance of it")
+    if inspect.iscoroutinefunction(getattr(domain, "plan", None)):
+        raise ConfigurationError(
+            f"{label}: plan(run) is async, but a plan is made without waiting: make it a plain def"
+        )
     if isinstance(domain, BuiltIn) or callable(getattr(domain, "plan", None)):
         return DomainClass.LOCAL
     raise ConfigurationError(

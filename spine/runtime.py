@@ -47,8 +47,9 @@ check_install()
 
 from actors import audit, coordinator, registry  # noqa: E402
 from actors.audit import Audit, Progress  # noqa: E402
+from actors.calls import ANSWER_MARGIN_S  # noqa: E402
 from actors.coordinator import Completions, Coordinator  # noqa: E402
-from actors.dependencies import ANSWER_MARGIN_S, Dependencies  # noqa: E402
+from actors.dependencies import Dependencies  # noqa: E402
 from actors.recorder import Recorder  # noqa: E402
 from actors.registry import Registry  # noqa: E402
 
@@ -390,7 +391,7 @@ class _System:
         )
         completions = Completions(deps, reader, parts, spine._publisher, Recorder(exchange, ids, coordinator.NAME))
         children = [
-            ChildSpec(audit.NAME, lambda: Audit(exchange, writer, progress)),
+            ChildSpec(audit.NAME, lambda: Audit(exchange, writer, reader, progress)),
             ChildSpec(ROUTER, lambda: Router(exchange)),
             ChildSpec(registry.NAME, lambda: Registry(deps)),
             ChildSpec(coordinator.NAME, lambda: Coordinator(completions)),

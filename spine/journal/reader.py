@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 import orjson
 from sqlalchemy import URL, event
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from spine.journal.chain import GENESIS, MAIN_PREFIX, STREAM, row_hash
@@ -41,6 +41,7 @@ from spine.kernel.errors import JournalBroken
 _NO_LINK: Final = (b"", b"")
 _LAST_CHARACTER: Final = "\U0010ffff"
 _IDS: Final = 400
+_CLOSE_S: Final = 5.0
 _PAGE: Final = 500
 _MAIN: Final = f"stream = '{STREAM}'"
 _ROW: Final = "seq, prev, hash, body"
@@ -57,6 +58,7 @@ class JournalReader:
         self._target = parse_url(url)
         self._engine: AsyncEngine | None = None
         self._opening = asyncio.Lock()
+        self._reading: set[asyncio.Future[None]] = set()
         self._placeholder = "?" if self._target.dialect == "sqlite" else "%s"
 
     async def open(self) -> None:
@@ -100,7 +102,11 @@ class JournalReader:
     async def close(self) -> None:
         """Close its connections; reading again opens new ones."""
         engine, self._engine = self._engine, None
+        reading, self._reading = self._reading, set()
         if engine is not None:
+            if reading:
+                # A pool forgets what is out when it is disposed of: those connections would never be closed.
+                await asyncio.wait(reading, timeout=_CLOSE_S)
             await engine.dispose()
             self._closed()
 
@@ -299,13 +305,28 @@ class JournalReader:
         return [(values[0], values[1]) for values in await self._all(sql)]
 
     async def _all(self, sql: str, *params: Any) -> list[Any]:
+        try:
+            return await self._read(sql, params)
+        except SQLAlchemyError as error:
+            if not (isinstance(error, DBAPIError) and error.connection_invalidated):
+                raise unavailable(self._target, error) from error
+        # The server dropped a connection that lay in the pool: reading again does no harm.
+        try:
+            return await self._read(sql, params)
+        except SQLAlchemyError as error:
+            raise unavailable(self._target, error) from error
+
+    async def _read(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
         engine = self._engine or await self._open()
+        reading, done = self._reading, asyncio.get_running_loop().create_future()
+        reading.add(done)
         try:
             async with engine.connect() as connection:
                 result = await connection.exec_driver_sql(sql.replace("?", self._placeholder), params or None)
                 return list(result.all())
-        except SQLAlchemyError as error:
-            raise unavailable(self._target, error) from error
+        finally:
+            reading.discard(done)
+            done.set_result(None)
 
 
 def _engine(target: Target) -> AsyncEngine:

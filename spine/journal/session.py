@@ -103,10 +103,10 @@ class Session:
             self._engine.dispose()
         if self._lock is not None:
             self._lock.close()
+            self._lock = None
         if self._opened and self.target.path is not None:
             closed(self.target.path)
             self._opened = False
-            self._lock = None
 
     def begin(self) -> None:
         """Begin a transaction that others cannot write beside (SQLite) or that will lock the head (PostgreSQL)."""
@@ -219,7 +219,11 @@ class Session:
         """Run a domain's own statement; the number of rows it changed."""
         sql, names = self._compile(write.sql)
         params: Any = dict(write.params) if names is None else [write.params[name] for name in names]
-        cursor = self._connection.execute(sql, params)
+        if self.target.dialect == "postgresql":
+            # Prepared, so that a text of several statements is refused: only the first one's verb was looked at.
+            cursor = self._connection.execute(sql, params, prepare=True)
+        else:
+            cursor = self._connection.execute(sql, params)
         if cursor.description is not None:
             cursor.fetchall()
         if cursor.rowcount < 0:

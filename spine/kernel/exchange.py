@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -202,6 +203,9 @@ class Exchange:
             raise
         finally:
             self.deadlines.discard(expiry, waiter)
+            # Who gave up stands in nobody's way.
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(turn)
 
     def unreserve(self) -> None:
         """Give a reserved credit back: its post was not admitted."""
@@ -243,7 +247,7 @@ class Exchange:
                 ),
             )
 
-    def dead_letter(self, envelope: Envelope, error: SpineError) -> None:
+    def dead_letter(self, envelope: Envelope, error: BaseException) -> None:
         """Nobody can take the envelope."""
         if envelope.done:
             return
@@ -285,9 +289,11 @@ class Exchange:
 
     def _end_with(self, envelope: Envelope, end: End, error: BaseException) -> None:
         future = envelope.reply_to
-        if future is not None and future.cancelled():
+        if future is None:
+            self.dead_letter(envelope, error)
+        elif future is not None and future.cancelled():
             self.cancel(envelope)
-        elif self._end(envelope, end, error) and future is not None:
+        elif self._end(envelope, end, error):
             future.set_exception(error)
 
     def _end(self, envelope: Envelope, end: End, error: BaseException | None = None) -> bool:

@@ -232,6 +232,22 @@ async def test_a_run_begins_once_when_many_calls_imply_it(database_url: str) -> 
     intact(database_url)
 
 
+async def test_a_run_that_two_tenants_start_at_once_belongs_to_one(database_url: str) -> None:
+    """From two processes: one tenant's starts are allowed, the other's are TENANT_MISMATCH, one start is recorded."""
+    here, there = Desk(database_url), Desk(database_url)
+    async with running(here.spine, there.spine):
+        starts = [
+            partial(desk.spine.start_run, "run-1", tenant_id=tenant) for tenant in ("a", "b") for desk in (here, there)
+        ]
+        decisions = await together(*starts * 3)
+    (started,) = journal(database_url, "run.started")
+    for number, decision in enumerate(decisions):
+        tenant = "a" if number % 4 < 2 else "b"
+        expected = "ALLOWED" if tenant == started["tenant_id"] else "TENANT_MISMATCH"
+        assert decision.code == expected
+    intact(database_url)
+
+
 # -- another tenant's run
 
 
@@ -686,6 +702,17 @@ async def test_events_that_were_not_delivered_are_delivered_by_the_next_process(
     intact(database_url)
 
 
+async def test_a_publisher_that_hangs_does_not_hold_the_stop(sqlite_url: str) -> None:
+    """Its event stays pending in the journal."""
+    desk = Desk(sqlite_url, ForRun("run-1", hang=True))
+    async with running(desk.spine):
+        await complete(desk, "run-1")
+        with anyio.fail_after(5):
+            receipts = await desk.spine.stop()
+    assert {receipt.end for receipt in receipts} == {"clean"}
+    assert query(sqlite_url, "SELECT state FROM outbox") == [("pending",)]
+
+
 @pytest.mark.parametrize("publisher", [5, object(), "log", Published], ids=repr)
 def test_what_cannot_publish_is_refused_as_publisher(sqlite_url: str, publisher: Any) -> None:
     """Where it is given, not at the first event."""
@@ -910,6 +937,58 @@ async def test_two_limited_operations_that_call_each_other_cannot_deadlock(desk:
         assert [sound(result).error_code for result in results] == ["OVERLOADED", "OVERLOADED"]
 
 
+# -- limits and durability
+
+
+async def test_no_more_calls_of_an_operation_run_than_its_limit_and_they_start_in_turn(desk: Desk) -> None:
+    """Concurrency three: never four at once, and who came first is served first."""
+    order: list[int] = []
+    inside = most = 0
+
+    @desk.spine.operation("desk.three", concurrency=3)
+    async def three(ctx: OperationContext) -> dict[str, Any]:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        order.append(ctx.params["n"])
+        for _ in range(5):
+            await asyncio.sleep(0)
+        inside -= 1
+        return {}
+
+    async with running(desk.spine):
+        calls = [partial(desk.execute, "desk.three", params={"n": n}) for n in range(30)]
+        assert all(sound(result).success for result in await together(*calls))
+    assert most == 3
+    assert order[3:] == sorted(order[3:])
+
+
+async def test_a_buffered_operation_says_that_it_is_not_durable_yet(desk: Desk) -> None:
+    """Its allowed calls do not wait for the commit; what must never be lost - a denial, a new run - still does."""
+
+    @desk.spine.rule("desk.buffered")
+    def limit(ctx: OperationContext) -> AuthorityDecision:
+        return AuthorityDecision.deny("no") if ctx.params.get("deny") else AuthorityDecision.allow()
+
+    @desk.spine.operation("desk.buffered", durability="buffered")
+    async def buffered(ctx: OperationContext) -> dict[str, Any]:
+        return {}
+
+    async with running(desk.spine):
+        assert (await desk.execute("desk.buffered", run_id="run-1")).success
+        assert [body["run_id"] for body in journal(desk.url, "run.started")] == ["run-1"]
+        denied = sound(await desk.execute("desk.buffered", run_id="run-1", params={"deny": True}))
+        assert (denied.error_code, denied.durable) == ("DENIED", True)
+        results = [sound(await desk.execute("desk.buffered", run_id="run-1")) for _ in range(100)]
+        assert {(result.success, result.durable) for result in results} == {(True, False)}
+        await desk.spine.flush()
+        assert len(journal(desk.url, "outcome")) == 101
+        assert sound(await desk.execute(run_id="run-1")).durable
+        await desk.execute("desk.buffered", run_id="run-1")
+    assert len(journal(desk.url, "outcome")) == 103, "the stop makes everything durable"
+    intact(desk.url)
+
+
 # -- stopping under load
 
 
@@ -966,3 +1045,11 @@ async def test_a_handler_may_stop_its_own_spine(sqlite_url: str) -> None:
         await until(lambda: desk.spine._phase == "stopped")
     (outcome,) = journal(sqlite_url, "outcome")
     assert outcome["error_code"] == "INTERRUPTED"
+    await until(lambda: not any("spine" in thread.name for thread in threading.enumerate()), within_s=3)
+    assert {receipt.child for receipt in desk.spine._system.supervisor.receipts} == {
+        "audit",
+        "router",
+        "registry",
+        "coordinator",
+    }
+    gc.collect()

@@ -416,8 +416,14 @@ class Undumpable(BaseModel):
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     ("model", "given_"),
-    [(None, Explosive()), (Buggy, {"amount": 2}), (Undumpable, {"amount": 1}), (None, {"m": Undumpable()})],
-    ids=["mapping", "validator", "serializer", "nested serializer"],
+    [
+        (None, Explosive()),
+        (Buggy, {"amount": 2}),
+        (Undumpable, {"amount": 1}),
+        (None, {"m": Undumpable()}),
+        (None, Undumpable()),
+    ],
+    ids=["mapping", "validator", "serializer", "nested serializer", "serializer of the params themselves"],
 )
 async def test_foreign_code_that_breaks_while_params_are_checked_breaks_nothing_else(
     sqlite_url: str, model: type[BaseModel] | None, given_: Any
