@@ -149,7 +149,7 @@ class Audit(Actor):
             [progress.last_seq, *(outcome.last for outcome in outcomes if isinstance(outcome, Committed))]
         )
         failed = next((outcome for outcome in outcomes if isinstance(outcome, StorageFailed)), None)
-        if failed is not None:
+        if failed is not None and "readonly" in failed.error:
             # SQLite shares what it believes of a file among a process's connections: while one of them stays open, a
             # file that was read-only stays so for the writer too.
             await self._reader.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+from actors.calls import Call
 from actors.recall import KeySource, Recall
 from actors.recorder import Recorder
 from actors.recovery import OpenDecisions, Recovery
@@ -62,6 +64,7 @@ class Dependencies:
     rules: Mapping[str, Sequence[Rule]]
     promises: Callable[[Sequence[Expectation]], tuple[Expectation, ...]]
     calls_most: int
+    calls: set[Call] = field(default_factory=set)
     counts: Counts = field(default_factory=Counts)
     switch: Switch = field(init=False)
     recorder: Recorder = field(init=False)
@@ -76,6 +79,10 @@ class Dependencies:
         self.recovery = Recovery(exchange, self.recorder, self.source, self.instance)
         self.runs = KnownRuns(self.source)
         self.recall = Recall(self.source, exchange.clock)
+
+    def handles(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether a handler runs in this task."""
+        return any(call.task is task for call in self.calls)
 
     def to_dict(self) -> dict[str, int]:
         """What is not yet recorded, for health."""

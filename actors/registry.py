@@ -59,7 +59,7 @@ class Registry(Actor):
             for name, operation in dependencies.operations.items()
             if not operation.is_async
         }
-        self._calls: set[Call] = set()
+        self._calls = dependencies.calls
         self._housekeeping: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -81,6 +81,8 @@ class Registry(Actor):
         self.interrupt()
         if not await self._tasks.drained(STOP_S):
             await self._tasks.cancel(0.5)
+        with anyio.move_on_after(STOP_S):
+            await self._deps.recorder.flushed()
 
     def interrupt(self) -> None:
         """Cancel every running handler and refuse every call that waits for a slot."""

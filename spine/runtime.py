@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import asdict
 from threading import get_ident
 from types import TracebackType
@@ -103,6 +103,7 @@ class Spine(Declarations):
         self._system: _System | None = None
         self._phase: Literal["new", "starting", "running", "stopping", "stopped", "forked"] = "new"
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Task[list[Receipt]] | None = None
         self._thread = self._pid = 0
 
     async def status(self) -> dict[str, Any]:
@@ -155,15 +156,20 @@ class Spine(Declarations):
         self._check_place()
         self._phase = "stopping"
         _RUNNING.remove(self)
-        stopping = asyncio.create_task(system.life.stop(), name="spine.stop")
+        stopping = self._stopping = asyncio.create_task(system.life.stop(), name="spine.stop")
+        stopping.add_done_callback(self._stopped)
         try:
             return await asyncio.shield(stopping)
         except asyncio.CancelledError:
-            # A half-stopped Spine would leave its threads and files behind: the stop has its own deadline.
-            await stopping
+            # A half-stopped Spine would leave its threads and files behind: the stop has its own deadline. Only the
+            # handler that stops its own Spine must not be waited for by itself.
+            while not stopping.done() and not system.dependencies.handles(asyncio.current_task()):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.shield(stopping)
             raise
-        finally:
-            self._phase = "stopped"
+
+    def _stopped(self, _: object) -> None:
+        self._phase = "stopped"
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -174,7 +180,7 @@ class Spine(Declarations):
     ) -> None:
         await self.stop()
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(self, _app: object = None) -> AsyncIterator[dict[str, Any]]:
         """Run with an ASGI application: ``FastAPI(lifespan=spine.lifespan)``."""
         async with self:
@@ -198,8 +204,7 @@ class Spine(Declarations):
         ``timeout_s`` seconds bound waiting, deciding and handling; ``wait`` lets a full spine mailbox be waited for.
         Raises ``NotRunning``, ``SpineFailed`` or ``ActorCrashed``.
         """
-        sent = params.model_dump() if isinstance(params, BaseModel) else params
-        request = Execute(operation, tenant_id, run_id, sent, idempotency_key, timeout_s)
+        request = Execute(operation, tenant_id, run_id, params, idempotency_key, timeout_s)
         try:
             return await self._ask(request, timeout_s=_bounded(timeout_s), wait=wait)
         except (Overloaded, DeadlineExceeded) as error:

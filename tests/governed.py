@@ -14,6 +14,7 @@ import anyio
 
 from spine import Event, Spine
 from spine.journal.verify import verify
+from spine.kernel.clock import VirtualClock
 
 SQLITE = "sqlite+aiosqlite:///"
 
@@ -70,12 +71,12 @@ def intact(url: str) -> None:
     assert report.ok, report.breaks
 
 
-async def until(true: Callable[[], Any], *, within_s: float = 15.0) -> None:
-    """Return once the condition holds; fail when it does not in time."""
+async def until(true: Callable[[], Any], *, within_s: float = 15.0, clock: VirtualClock | None = None) -> None:
+    """Return once the condition holds, fail when it does not in time; a virtual clock goes on by seconds meanwhile."""
     give_up = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < give_up, "the condition never held"
-        await anyio.sleep(0.005)
+        await (anyio.sleep(0.005) if clock is None else clock.advance(1))
 
 
 async def together(*work: Callable[[], Awaitable[Any]]) -> list[Any]:

@@ -96,10 +96,11 @@ def accept(params: object, model: type[BaseModel] | None) -> Accepted:
     """Check parameters and take a private copy; raises ``InvalidParams`` naming every field that is wrong."""
     if params is None:
         params = {}
-    if not isinstance(params, Mapping):
+    if not isinstance(params, (Mapping, BaseModel)):
         raise _refused([("params", f"must be a mapping, not {type(params).__name__}", "")])
     try:
-        values, secrets = _copied(params), list[str]()
+        sent = params.model_dump() if isinstance(params, BaseModel) else params
+        values, secrets = _copied(sent), list[str]()
         text = _encode(values, secrets)
         if model is None:
             return _accepted(values, None, text, secrets)

@@ -274,9 +274,8 @@ async def test_an_expired_bypass_governs_again_restores_itself_and_reports(sqlit
         assert (await execute(spine, None, 12)).success
         virtual._now += 1.0  # the moment has come, and nobody has been woken yet
         assert (await execute(spine, "run-1", 11)).error_code == "LIMIT"
-        await virtual.advance(1)
-        await until(lambda: spine.health().governance["state"] == "active")
-        await until(lambda: journal(sqlite_url, "governance.report"))
+        await until(lambda: journal(sqlite_url, "governance.report"), clock=virtual)
+        assert spine.health().governance["state"] == "active"
         assert (await execute(spine, "run-1", 11)).error_code == "LIMIT"
     _, restored = journal(sqlite_url, "governance.changed")
     assert (restored["from"], restored["to"], restored["actor"]) == ("bypassed", "active", "spine")
@@ -324,7 +323,7 @@ async def test_a_bypass_expires_while_no_process_runs(sqlite_url: str) -> None:
     again = shop(sqlite_url, clock=later)
     async with running(again):
         assert (await execute(again, None, 11)).error_code == "LIMIT"
-        await until(lambda: again.health().governance["state"] == "active")
+        await until(lambda: again.health().governance["state"] == "active", clock=later)
     assert [body["to"] for body in journal(sqlite_url, "governance.changed")] == ["bypassed", "active"]
 
 
@@ -339,8 +338,9 @@ async def test_an_expiring_bypass_undoes_nothing_that_was_switched_since(databas
         async with running(there):
             assert there.health().governance["state"] == "bypassed"
             state = await getattr(here, switch)(reason="by hand", actor="bob")
-            await clock_there.advance(3.5)
-            await clock_here.advance(3.5)
+            for _ in range(4):
+                await clock_there.advance(1)
+                await clock_here.advance(1)
             # Whoever wanted to restore has had its say once these have been recorded.
             for spine in (there, here):
                 await execute(spine, "run-1", 1)
@@ -361,11 +361,12 @@ async def test_two_processes_restore_an_expired_bypass_once(database_url: str) -
         await here.bypass(**OPS, for_s=2)
         async with running(there):
             await execute(there, None, 11)
-            await together(partial(first.advance, 3.5), partial(second.advance, 3.5))
-            for spine in (here, there):
-                await until(lambda spine=spine: spine.health().governance["state"] == "active")
+            for _ in range(4):
+                await together(partial(first.advance, 1), partial(second.advance, 1))
+            for spine, virtual in ((here, first), (there, second)):
+                await until(lambda spine=spine: spine.health().governance["state"] == "active", clock=virtual)
                 await execute(spine, None, 1)
-            await until(lambda: journal(database_url, "governance.report"))
+            await until(lambda: journal(database_url, "governance.report"), clock=first)
     assert [body["to"] for body in journal(database_url, "governance.changed")] == ["bypassed", "active"]
     (report,) = journal(database_url, "governance.report")
     assert report["denied"] == 1
@@ -415,8 +416,8 @@ async def test_a_switch_elsewhere_binds_buffered_operations_here_within_a_second
         await here.halt(**OPS)
         await execute(there, operation="shop.look")
         await there.flush()
-        await virtual.advance(1.1)
-        await until(lambda: there.health().governance["state"] == "halted")
+        await until(lambda: there.health().governance["state"] == "halted", clock=virtual)
+        assert virtual.monotonic() <= 3
         assert (await execute(there, operation="shop.look")).error_code == "HALTED"
 
 

@@ -17,7 +17,9 @@ import structlog
 
 from spine import AuthorityDecision, OperationContext, OperationResult, Spine
 
-structlog.configure(processors=[structlog.processors.JSONRenderer()], logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+structlog.configure(
+    processors=[structlog.processors.JSONRenderer()], logger_factory=structlog.PrintLoggerFactory(sys.stderr)
+)
 
 
 def tell(what: str, **facts: Any) -> None:

@@ -177,7 +177,11 @@ async def test_the_journal_has_each_run_in_the_order_of_the_spine_mailbox(sqlite
     )
     assert len(decided) == 200
     for run in (f"run-{number}" for number in range(5)):
-        journaled = [(row["kind"], row["decision_id"]) for row in rows(sqlite_url) if row.get("run_id") == run and "decision_id" in row]
+        journaled = [
+            (row["kind"], row["decision_id"])
+            for row in rows(sqlite_url)
+            if row.get("run_id") == run and "decision_id" in row
+        ]
         seen: set[str] = set()
         sent = []
         for line in stamped:
@@ -214,7 +218,7 @@ async def test_what_was_buffered_before_a_completion_stands_before_it_in_the_jou
 
 
 async def test_two_spines_on_one_database_make_one_order(sqlite_url: str) -> None:
-    """Each writes through its own audit actor; the rows are one chain, and each run's rows stay in its caller's order."""
+    """Each writes through its own audit actor; the rows are one chain, each run's in its caller's order."""
     spines = [Spine(sqlite_url) for _ in range(2)]
     for spine in spines:
 

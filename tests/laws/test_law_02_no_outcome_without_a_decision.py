@@ -183,7 +183,7 @@ async def test_buffered_operations_lose_at_most_their_bounded_tail_and_say_so(
 async def test_a_process_that_dies_inside_a_handler_leaves_a_decision_that_is_closed_once(
     sqlite_url: str, tmp_path: Path, operation: str, code: str | None
 ) -> None:
-    """Two later processes recover at the same time: one INTERRUPTED. The key is in doubt, unless running again is safe."""
+    """Two later processes recover at the same time: one INTERRUPTED. The key is in doubt unless repeating is safe."""
     effects = tmp_path / "effects"
     process = load(sqlite_url, 5, 1, operation, effects)
     told = await asyncio.to_thread(process.communicate, timeout=30)

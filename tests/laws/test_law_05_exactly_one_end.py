@@ -119,7 +119,7 @@ async def test_the_account_is_even_at_every_turn_under_load_with_cancellations_a
             return await spine.complete_run(f"run-{number}", tenant_id="acme", run_status="succeeded")
         return await spine.execute(name, tenant_id="acme", run_id=run, wait=wait, timeout_s=timeout_s)
 
-    async with spine, watched(lambda: spine._system.exchange.ledger.counts()) as seen:
+    async with spine, watched(spine._system.exchange.ledger.counts) as seen:
         calls = []
         for number in range(200):
             calls.append(asyncio.ensure_future(caller(number)))
@@ -149,7 +149,7 @@ async def test_crashes_in_the_middle_of_the_load_leave_nothing_without_an_end(sq
             return await spine.complete_run(f"run-{number}", tenant_id="acme", run_status="succeeded")
         return await spine.execute(f"work.{NAMES[number % len(NAMES)]}", tenant_id="acme", run_id=f"run-{number % 7}")
 
-    async with spine, watched(lambda: spine._system.exchange.ledger.counts()):
+    async with spine, watched(spine._system.exchange.ledger.counts):
         told: list[object] = []
         for round_, actor in enumerate(("registry", "audit", "coordinator", "router", "audit", "registry")):
             calls = [asyncio.ensure_future(caller(number)) for number in range(40)]
@@ -167,7 +167,7 @@ async def test_crashes_in_the_middle_of_the_load_leave_nothing_without_an_end(sq
 async def test_messages_that_no_actor_takes_end_too(sqlite_url: str) -> None:
     """Asks and tells that crash their actor, and such to an actor that does not exist."""
     spine = busy(sqlite_url, supervision=Policy(intensity=50))
-    async with spine, watched(lambda: spine._system.exchange.ledger.counts()):
+    async with spine, watched(spine._system.exchange.ledger.counts):
         exchange = spine._system.exchange
         before = spine.health().messages
         for restart, actor in enumerate(("registry", "coordinator", "audit"), start=1):
@@ -238,7 +238,25 @@ class Later(Worker):
 Step = tuple[str, int]
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["reply", "reply", "fail", "silence", "twice", "later", "late", "crash", "tell", "told crash", "nobody", "cancel", "ingress", "kill", "yield"]),
+        st.sampled_from(
+            [
+                "reply",
+                "reply",
+                "fail",
+                "silence",
+                "twice",
+                "later",
+                "late",
+                "crash",
+                "tell",
+                "told crash",
+                "nobody",
+                "cancel",
+                "ingress",
+                "kill",
+                "yield",
+            ]
+        ),
         st.integers(0, 5),
     ),
     min_size=1,

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import anyio
 import pytest
@@ -33,7 +33,7 @@ CHILDREN = ["coordinator", "registry", ROUTER, "audit"]
 class Clocked:
     """How many seconds something took."""
 
-    def __enter__(self) -> Clocked:
+    def __enter__(self) -> Self:
         self.began = time.monotonic()
         return self
 
@@ -445,7 +445,7 @@ async def test_running_work_may_end_within_the_drain_time(sqlite_url: str) -> No
 
 
 async def test_a_caller_in_the_line_for_a_credit_does_not_hold_up_the_stop(sqlite_url: str) -> None:
-    """It was its turn in the very step in which the stop began: its credit goes back, the drain does not wait for it."""
+    """It was its turn in the very step in which the stop began: its credit goes back, the drain is not held up."""
     spine, release = Spine(sqlite_url, settings=Settings(credits=1, drain_s=8)), asyncio.Event()
 
     @spine.operation("work.hold")
@@ -502,7 +502,7 @@ async def test_a_start_that_is_given_up_leaves_nothing_running(sqlite_url: str) 
 
 
 async def test_a_stop_while_actors_are_restarting_keeps_its_deadline(sqlite_url: str) -> None:
-    """Registry and audit actor are down together; the one that comes back first asks the other. Receipts all the same."""
+    """Registry and audit actor are down together; the first one back asks the other. Receipts all the same."""
     spine = Spine(sqlite_url, settings=Settings(stop_s=3, drain_s=0.2))
     await spine.start()
     incarnation("registry").cancel()

@@ -107,12 +107,18 @@ async def test_messages_that_wait_in_the_queue_survive_the_crash(sqlite_url: str
         await spine.start_run("run-0", tenant_id="acme")
         await kill(spine, actor)
         calls = [
-            *[asyncio.ensure_future(spine.execute("work.outer", tenant_id="acme", run_id=f"run-{n}")) for n in range(8)],
+            *[
+                asyncio.ensure_future(spine.execute("work.outer", tenant_id="acme", run_id=f"run-{n}"))
+                for n in range(8)
+            ],
             *[
                 asyncio.ensure_future(spine.complete_run(f"done-{n}", tenant_id="acme", run_status="succeeded"))
                 for n in range(8)
             ],
-            *[asyncio.ensure_future(spine.ask(CreatePolicyEvaluation(f"eval-{n}", "acme", "succeeded"))) for n in range(4)],
+            *[
+                asyncio.ensure_future(spine.ask(CreatePolicyEvaluation(f"eval-{n}", "acme", "succeeded")))
+                for n in range(4)
+            ],
         ]
         await until(lambda: spine.health().mailboxes[actor] >= 4)
         assert spine.health().actors[actor] == "stopped"
@@ -143,7 +149,7 @@ async def test_work_in_progress_goes_on_when_another_actor_crashes(sqlite_url: s
 
 
 async def test_the_work_of_a_crashed_registry_is_interrupted_and_recorded(sqlite_url: str) -> None:
-    """Its own handlers end with it, each with a recorded outcome that its caller hears; new calls work again at once."""
+    """Its own handlers end with it, each with a recorded outcome that its caller hears; new calls work at once."""
     release = asyncio.Event()
     spine = make(sqlite_url, release)
     async with spine:
@@ -334,7 +340,7 @@ async def test_beyond_the_intensity_every_call_gets_spine_failed(sqlite_url: str
         assert isinstance(results[0], ActorCrashed)
         if crash < 4:
             await back(spine, "coordinator", crash)
-    with pytest.raises(SpineFailed, match="'coordinator' crashed more than 3 times in 5.0 s"):
+    with pytest.raises(SpineFailed, match=r"'coordinator' crashed more than 3 times in 5\.0 s"):
         await waiting
     calls = [
         lambda: spine.execute("work.fine", tenant_id="acme"),

@@ -40,7 +40,9 @@ def size(url: str) -> int:
 def found(url: str, kind: str, **fields: Any) -> list[dict[str, Any]]:
     """The rows of one kind whose fields are these."""
     return [
-        row for row in rows(url) if row["kind"] == kind and all(row.get(name) == value for name, value in fields.items())
+        row
+        for row in rows(url)
+        if row["kind"] == kind and all(row.get(name) == value for name, value in fields.items())
     ]
 
 

@@ -177,4 +177,17 @@ def envelope(
     return Envelope(None, number, payload, "worker", sender, lane, 1e9, 0.0, None, "", 0, False)  # type: ignore[arg-type]
 
 
-__all__ = ["ActorCrashed", "Kernel", "Leave", "Say", "Worker", "actor", "close_exchanges", "ends", "envelope", "exchange", "kernel", "until"]
+__all__ = [
+    "ActorCrashed",
+    "Kernel",
+    "Leave",
+    "Say",
+    "Worker",
+    "actor",
+    "close_exchanges",
+    "ends",
+    "envelope",
+    "exchange",
+    "kernel",
+    "until",
+]

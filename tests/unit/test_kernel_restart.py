@@ -29,7 +29,11 @@ def test_every_strategy_keeps_the_start_order(children: list[str], data: st.Data
 
 
 def test_permanent_children_restart_always_transient_ones_after_a_crash_temporary_ones_never() -> None:
-    table = {(kind, crashed): wants_restart(kind, crashed=crashed) for kind in ("permanent", "transient", "temporary") for crashed in (True, False)}
+    table = {
+        (kind, crashed): wants_restart(kind, crashed=crashed)
+        for kind in ("permanent", "transient", "temporary")
+        for crashed in (True, False)
+    }
     assert table == {
         ("permanent", True): True,
         ("permanent", False): True,

@@ -85,7 +85,7 @@ async def test_a_child_that_is_not_ready_in_time_is_named() -> None:
         async def start(self) -> None:
             await anyio.sleep_forever()
 
-    with pytest.raises(SpineFailed, match="actor 'worker' was not ready within 0.05 s"):
+    with pytest.raises(SpineFailed, match=r"actor 'worker' was not ready within 0\.05 s"):
         async with kernel(Hangs, specs=lambda name, start: ChildSpec(name, start, start_s=0.05)):
             pytest.fail("it started")
 
@@ -292,9 +292,7 @@ async def test_a_transient_child_restarts_after_a_crash_and_a_permanent_one_afte
         assert await ends([built.ask(to="transient"), built.ask(to="permanent")]) == ["done", "done"]
 
 
-@pytest.mark.parametrize(
-    ("strategy", "again"), [("one_for_one", "b"), ("rest_for_one", "bc"), ("one_for_all", "abc")]
-)
+@pytest.mark.parametrize(("strategy", "again"), [("one_for_one", "b"), ("rest_for_one", "bc"), ("one_for_all", "abc")])
 async def test_a_strategy_restarts_whom_it_names_in_order(strategy: Any, again: str) -> None:
     policy = Policy(strategy=strategy, intensity=10, backoff_first_s=0.001, backoff_most_s=0.002)
     async with kernel(actor("a"), actor("b"), actor("c"), policy=policy) as built:
@@ -393,9 +391,7 @@ class Stubborn(Worker):
 
 
 async def test_a_child_that_does_not_stop_is_cancelled_and_its_receipt_says_forced() -> None:
-    async with kernel(
-        actor("a"), Stubborn, specs=lambda name, start: ChildSpec(name, start, shutdown_s=0.05)
-    ) as built:
+    async with kernel(actor("a"), Stubborn, specs=lambda name, start: ChildSpec(name, start, shutdown_s=0.05)) as built:
         began = time.monotonic()
         assert named(await stop(built)) == [("worker", "forced"), ("a", "clean"), ("router", "clean")]
         assert time.monotonic() - began < 2

@@ -1,4 +1,4 @@
-"""The message flow in logs: static names, the same keys everywhere, one run's order from its log alone, free when off."""
+"""The message flow in logs: static names, the same keys, one run's order from its log alone, free when off."""
 
 from __future__ import annotations
 
@@ -252,9 +252,7 @@ async def test_from_the_log_of_one_run_alone_its_messages_can_be_put_in_order_fr
     traces = {line["trace_id"] for line in mine if line.get("msg_id") in callers}
     mine = [line for line in mine if line.get("trace_id") in traces]
     written = [
-        (line["event"], line["actor"], line["msg_id"])
-        for line in mine
-        if line["event"].startswith("spine.message.")
+        (line["event"], line["actor"], line["msg_id"]) for line in mine if line["event"].startswith("spine.message.")
     ]
     shuffled = mine.copy()
     random.Random(7).shuffle(shuffled)
@@ -315,5 +313,3 @@ async def test_the_library_never_configures_structlog(sqlite_url: str) -> None:
     async with spine:
         await spine.execute("stock.reserve", tenant_id="acme")
     assert not structlog.is_configured()
-
-

@@ -35,7 +35,7 @@ async def test_what_holds_the_loop_is_named_with_its_stack_and_the_seconds() -> 
     with capture_logs() as logs:
         dog.start()
         try:
-            # The loop is let go as soon as the watchdog has spoken, so nothing here depends on how fast this machine is.
+            # The loop is let go as soon as the watchdog has spoken: nothing depends on how fast this machine is.
             threading.Thread(target=lambda: (wait_for(lambda: logs), release.set())).start()
             rule_that_waits(release)
             await until(lambda: dog.reports)
