@@ -7,7 +7,7 @@ completion is planned by its domains, committed as one unit, and its events are 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, assert_never
 
@@ -36,7 +36,7 @@ from spine.governance.transactions import (
 )
 from spine.governance.units import Committed, GuardFailed, StaleEpoch, StorageFailed
 from spine.kernel.actor import Actor
-from spine.kernel.errors import ActorCrashed, JournalError, Overloaded, SpineError, describe
+from spine.kernel.errors import JournalError, SpineError
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
 from spine.publisher import Event, Publisher
@@ -131,29 +131,13 @@ class Coordinator(Actor):
         message: Message = envelope.payload
         match message:
             case CompleteRun():
-                self._spawn(envelope, self._complete(envelope, message))
+                self._tasks.answer(envelope, self._complete(envelope, message))
             case CreatePolicyEvaluation():
-                self._spawn(envelope, self._reports.evaluation(envelope, message))
+                self._tasks.answer(envelope, self._reports.evaluation(envelope, message))
             case EmitLesson():
-                self._spawn(envelope, self._reports.lesson(envelope, message))
+                self._tasks.answer(envelope, self._reports.lesson(envelope, message))
             case _:
                 assert_never(message)
-
-    def _spawn(self, envelope: Envelope, work: Coroutine[Any, Any, Any]) -> None:
-        async def answer() -> None:
-            try:
-                envelope.reply(await work)
-            except SpineError as error:
-                envelope.fail(error)
-            except Exception as error:
-                envelope.fail(ActorCrashed(NAME, str(self.exchange.tracer.msg_id(envelope.number)), 0, describe(error)))
-                raise
-
-        try:
-            self._tasks.spawn(answer(), type(envelope.payload).__name__)
-        except Overloaded as error:
-            work.close()
-            envelope.fail(error)
 
     async def _complete(self, envelope: Envelope, request: CompleteRun) -> TransactionResult:
         if problems := completion_problems(request):

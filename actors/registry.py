@@ -8,7 +8,6 @@ told in ``conduct``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from functools import partial
 from typing import Any, assert_never
 
@@ -33,7 +32,7 @@ from spine.governance.operations import (
 from spine.governance.params import InvalidParams, accept, id_problem
 from spine.governance.units import CommitOutcome, Record
 from spine.kernel.actor import Actor
-from spine.kernel.errors import ActorCrashed, Overloaded, SpineError, describe
+from spine.kernel.errors import Overloaded, SpineError, describe
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
 
@@ -98,9 +97,9 @@ class Registry(Actor):
             case Execute():
                 self._accept(envelope, message)
             case StartRun():
-                self._answer_later(envelope, start_run(self._deps, envelope, message))
+                self._tasks.answer(envelope, start_run(self._deps, envelope, message))
             case SwitchGovernance():
-                self._answer_later(envelope, self._deps.switch.change(message, self._deps.recorder))
+                self._tasks.answer(envelope, self._deps.switch.change(message, self._deps.recorder))
             case RegistryStatus():
                 envelope.reply(self._status())
             case Ping():
@@ -262,23 +261,6 @@ class Registry(Actor):
         """Hear of other processes' switches while idle, and end a bypass whose time is over."""
         await self._deps.switch.refresh()
         await self._deps.switch.restore_expired(self._deps.recorder)
-
-    def _answer_later(self, envelope: Envelope, work: Coroutine[Any, Any, Any]) -> None:
-        async def answer() -> None:
-            try:
-                envelope.reply(await work)
-            except SpineError as error:
-                envelope.fail(error)
-            except Exception as error:
-                msg_id = str(self.exchange.tracer.msg_id(envelope.number))
-                envelope.fail(ActorCrashed(NAME, msg_id, 0, describe(error)))
-                raise
-
-        try:
-            self._tasks.spawn(answer(), type(envelope.payload).__name__)
-        except Overloaded as error:
-            work.close()
-            envelope.fail(error)
 
     def _task_crashed(self, name: str, error: BaseException) -> None:
         self.exchange.tracer.fault("spine.task.crashed", exc=error, actor=NAME, task=name)

@@ -19,12 +19,17 @@ SpineError
 from __future__ import annotations
 
 
-def describe(error: BaseException) -> str:
-    """The type and text of an exception, even of a foreign one whose text cannot be made."""
+def message_of(error: BaseException) -> str:
+    """The text of an exception, even of a foreign one whose text cannot be made."""
     try:
-        text = str(error)
+        return str(error)
     except Exception:  # noqa: BLE001  foreign code: an error about an error must not hide it
-        text = "<its text cannot be shown>"
+        return "<its text cannot be shown>"
+
+
+def describe(error: BaseException) -> str:
+    """The type and text of an exception."""
+    text = message_of(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import anyio
 
-from spine.kernel.errors import Overloaded
+from spine.kernel.errors import ActorCrashed, Overloaded, SpineError, describe
+from spine.kernel.messages import Envelope
 
 
 class Tasks:
@@ -24,8 +26,10 @@ class Tasks:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, None], name: str = "") -> asyncio.Task[None]:
-        """Start the work, with a name if it is worth one; raises ``Overloaded`` at the limit."""
+    def spawn(
+        self, work: Coroutine[Any, Any, None], name: str = "", on_end: Callable[[], None] | None = None
+    ) -> asyncio.Task[None]:
+        """Start the work, with a name if it is worth one, and call ``on_end`` after it; raises ``Overloaded`` at the limit."""
         if len(self._tasks) >= self._limit:
             work.close()
             raise Overloaded(f"{self._owner} runs {self._limit} tasks already: ask again later")
@@ -33,11 +37,32 @@ class Tasks:
         if name:
             task.set_name(name)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._ended if on_end is None else partial(self._ended, on_end=on_end))
         return task
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def answer(self, envelope: Envelope, work: Coroutine[Any, Any, Any]) -> None:
+        """Answer an ask with what the work returns or raises, in a task of its own."""
+
+        async def reply() -> None:
+            try:
+                envelope.reply(await work)
+            except SpineError as error:
+                envelope.fail(error)
+            except Exception as error:
+                msg_id = str(envelope.exchange.tracer.msg_id(envelope.number))
+                envelope.fail(ActorCrashed(self._owner, msg_id, 0, describe(error)))
+                raise
+
+        try:
+            self.spawn(reply(), type(envelope.payload).__name__)
+        except Overloaded as error:
+            work.close()
+            envelope.fail(error)
+
+    def _ended(self, task: asyncio.Task[None], on_end: Callable[[], None] | None = None) -> None:
         self._tasks.discard(task)
+        if on_end is not None:
+            on_end()
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_crash(task.get_name(), error)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import structlog
 
-from spine.kernel.errors import ConfigurationError, describe
+from spine.kernel.errors import ConfigurationError, message_of
 
 if TYPE_CHECKING:
     from spine.kernel.messages import Envelope
@@ -82,7 +82,7 @@ class Tracer:
     def fault(self, event: str, *, exc: BaseException | None = None, **facts: Any) -> None:
         """Something went wrong; written at every level."""
         if exc is not None:
-            facts.update(error_type=type(exc).__name__, error=describe(exc))
+            facts.update(error_type=type(exc).__name__, error=message_of(exc))
         self._write(self._log.error, event, facts)
 
     def _write(self, log: Callable[..., Any], event: str, facts: dict[str, Any]) -> None:

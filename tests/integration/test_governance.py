@@ -57,9 +57,9 @@ async def execute(spine: Spine, run_id: str | None = None, amount: int = 1, oper
 
 
 @pytest.mark.anyio
-async def test_active_lets_everything_run_that_no_rule_denies(database_url: str) -> None:
+async def test_active_lets_everything_run_that_no_rule_denies(sqlite_url: str) -> None:
     """Calls outside runs, of a started run and of a new one; starts and completions."""
-    spine = shop(database_url)
+    spine = shop(sqlite_url)
     async with running(spine):
         assert (await spine.start_run("old", tenant_id="acme")).allowed
         for run_id in (None, "old", "new"):
@@ -73,9 +73,9 @@ async def test_active_lets_everything_run_that_no_rule_denies(database_url: str)
 
 
 @pytest.mark.anyio
-async def test_bypassed_runs_what_a_rule_denies_and_tags_it(database_url: str) -> None:
+async def test_bypassed_runs_what_a_rule_denies_and_tags_it(sqlite_url: str) -> None:
     """The kill switch: the rules are still asked and recorded, nothing they say binds, everything is tagged."""
-    spine = shop(database_url)
+    spine = shop(sqlite_url)
     async with running(spine):
         await spine.start_run("old", tenant_id="acme")
         state = await spine.bypass(**OPS, for_s=60)
@@ -91,14 +91,14 @@ async def test_bypassed_runs_what_a_rule_denies_and_tags_it(database_url: str) -
         done = await spine.complete_run("old", tenant_id="acme", run_status="succeeded")
         assert done.metadata["governance_active"] is False
         assert done.flagged
-    for body in journal(database_url, "decision"):
+    for body in journal(sqlite_url, "decision"):
         assert body["effect"] == "bypassed"
         assert body["governance_active"] is False
         assert body["would_have"] == {"code": "LIMIT", "reason": "too much"}
         assert [(rule["id"], rule["outcome"], rule["determined"]) for rule in body["rules"]] == [
             ("limit", "deny", False)
         ]
-    intact(database_url)
+    intact(sqlite_url)
 
 
 @pytest.mark.anyio
@@ -115,9 +115,9 @@ async def test_bypassed_bypasses_rules_and_nothing_else(sqlite_url: str) -> None
 
 
 @pytest.mark.anyio
-async def test_degraded_refuses_new_runs_and_flags_existing_ones(database_url: str) -> None:
+async def test_degraded_refuses_new_runs_and_flags_existing_ones(sqlite_url: str) -> None:
     """A started run goes on and completes, flagged; a run that would begin now does not, whoever begins it."""
-    spine = shop(database_url)
+    spine = shop(sqlite_url)
     async with running(spine):
         await spine.start_run("old", tenant_id="acme")
         await spine.degrade(**OPS)
@@ -137,16 +137,16 @@ async def test_degraded_refuses_new_runs_and_flags_existing_ones(database_url: s
         assert done.is_complete
         assert done.degraded
         assert (await spine.why("new")).verdict == "denied"
-    assert query(database_url, "SELECT run_id FROM runs") == [("old",)]
-    (denied,) = journal(database_url, "run.denied")
+    assert query(sqlite_url, "SELECT run_id FROM runs") == [("old",)]
+    (denied,) = journal(sqlite_url, "run.denied")
     assert denied["code"] == "DEGRADED_NEW_RUN"
     assert authority_fields(denied) == []
 
 
 @pytest.mark.anyio
-async def test_halted_runs_nothing_and_still_takes_completions(database_url: str) -> None:
+async def test_halted_runs_nothing_and_still_takes_completions(sqlite_url: str) -> None:
     """No operation runs, no run begins; what ran before may be completed, flagged."""
-    spine = shop(database_url)
+    spine = shop(sqlite_url)
     async with running(spine):
         await spine.start_run("old", tenant_id="acme")
         await spine.halt(**OPS)
@@ -158,8 +158,8 @@ async def test_halted_runs_nothing_and_still_takes_completions(database_url: str
         done = await spine.complete_run("old", tenant_id="acme", run_status="succeeded")
         assert done.is_complete
         assert done.degraded
-    assert query(database_url, "SELECT run_id FROM runs") == [("old",)]
-    assert journal(database_url, "outcome") == []
+    assert query(sqlite_url, "SELECT run_id FROM runs") == [("old",)]
+    assert journal(sqlite_url, "outcome") == []
 
 
 @pytest.mark.anyio
@@ -235,15 +235,15 @@ async def test_a_bypass_lasts_an_hour_unless_told_otherwise(sqlite_url: str) -> 
 
 
 @pytest.mark.anyio
-async def test_every_switch_is_journaled_with_its_epoch_and_survives_a_restart(database_url: str) -> None:
+async def test_every_switch_is_journaled_with_its_epoch_and_survives_a_restart(sqlite_url: str) -> None:
     """The chain of states can be read in the journal, and the next process begins where it stands."""
-    spine = shop(database_url)
+    spine = shop(sqlite_url)
     async with running(spine):
         for number, switch in enumerate([spine.degrade, spine.halt, spine.bypass, spine.restore, spine.halt], start=2):
             state = await switch(reason=f"step {number}", actor="ann")
             assert state.epoch == number
             assert spine.health().governance["state"] == state.mode.value
-    changes = journal(database_url, "governance.changed")
+    changes = journal(sqlite_url, "governance.changed")
     assert [(body["from"], body["to"], body["epoch"], body["reason"]) for body in changes] == [
         ("active", "degraded", 2, "step 2"),
         ("degraded", "halted", 3, "step 3"),
@@ -251,11 +251,11 @@ async def test_every_switch_is_journaled_with_its_epoch_and_survives_a_restart(d
         ("bypassed", "active", 5, "step 5"),
         ("active", "halted", 6, "step 6"),
     ]
-    again = shop(database_url)
+    again = shop(sqlite_url)
     async with running(again):
         assert (again.health().governance["state"], again.health().governance["epoch"]) == ("halted", 6)
         assert (await execute(again)).error_code == "HALTED"
-    intact(database_url)
+    intact(sqlite_url)
 
 
 # -- the end of a bypass
@@ -329,10 +329,10 @@ async def test_a_bypass_expires_while_no_process_runs(sqlite_url: str) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("switch", ["halt", "degrade", "restore"])
-async def test_an_expiring_bypass_undoes_nothing_that_was_switched_since(database_url: str, switch: str) -> None:
+async def test_an_expiring_bypass_undoes_nothing_that_was_switched_since(sqlite_url: str, switch: str) -> None:
     """A process that still believes in the bypass when it expires must not put its own restoration over an operator's
     word: a halt stays a halt."""
-    here, there = shop(database_url, clock=(clock_here := clock())), shop(database_url, clock=(clock_there := clock()))
+    here, there = shop(sqlite_url, clock=(clock_here := clock())), shop(sqlite_url, clock=(clock_there := clock()))
     async with running(here):
         await here.bypass(**OPS, for_s=2)
         async with running(there):
@@ -345,7 +345,7 @@ async def test_an_expiring_bypass_undoes_nothing_that_was_switched_since(databas
             for spine in (there, here):
                 await execute(spine, "run-1", 1)
             assert there.health().governance["epoch"] == state.epoch
-    changes = journal(database_url, "governance.changed")
+    changes = journal(sqlite_url, "governance.changed")
     assert [(body["to"], body["reason"]) for body in changes] == [
         ("bypassed", "an exercise"),
         (state.mode.value, "by hand"),
@@ -574,24 +574,22 @@ async def test_a_state_that_makes_no_sense_is_governed(sqlite_url: str) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.postgresql
-async def test_a_state_that_cannot_be_read_any_more_is_the_last_known_one(postgresql_url: str) -> None:
-    """The registry restarts while the state is locked away: halted it was, halted it stays."""
-    import psycopg
-
-    spine = shop(postgresql_url)
+async def test_a_state_that_cannot_be_read_any_more_is_the_last_known_one(database_url: str) -> None:
+    """The registry restarts while the state's table is away: halted it was, halted it stays."""
+    spine = shop(database_url)
     async with running(spine):
         await spine.halt(**OPS)
         assert (await execute(spine)).error_code == "HALTED"
-        async with await psycopg.AsyncConnection.connect(postgresql_url.replace("+psycopg", "")) as locker:
-            await locker.execute("LOCK TABLE governance IN ACCESS EXCLUSIVE MODE")
-            registry = spine._system.supervisor._children["registry"]
-            assert registry.task is not None
-            registry.task.cancel()
-            await until(lambda: spine.health().restarts == 1 and spine.health().actors["registry"] == "ready")
-            result = await execute(spine)
-            assert result.error_code == "HALTED"
+        query(database_url, "ALTER TABLE governance RENAME TO governance_away")
+        registry = spine._system.supervisor._children["registry"]
+        assert registry.task is not None
+        registry.task.cancel()
+        await until(lambda: spine.health().restarts == 1 and spine.health().actors["registry"] == "ready")
+        assert (await execute(spine)).error_code == "HALTED"
         assert spine.health().governance["state"] == "halted"
+        query(database_url, "ALTER TABLE governance_away RENAME TO governance")
+        await spine.restore(**OPS)
+        assert (await execute(spine)).success
 
 
 def test_an_effective_state_is_active_from_the_moment_of_expiry() -> None:

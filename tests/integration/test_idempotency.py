@@ -153,16 +153,16 @@ async def test_other_params_under_a_used_key_are_a_conflict(till: Till) -> None:
     assert till.paid == 2
 
 
-async def test_a_denial_is_stored_and_repeated(database_url: str) -> None:
+async def test_a_denial_is_stored_and_repeated(sqlite_url: str) -> None:
     """The rules are not asked again under the same key, in this process or the next, though they would allow now."""
-    till = Till(database_url)
+    till = Till(sqlite_url)
     till.deny = True
     async with running(till.spine):
         first = await till.pay()
         till.deny = False
         later = await till.pay()
         assert (await till.pay("k2")).success
-    again = Till(database_url)
+    again = Till(sqlite_url)
     async with running(again.spine):
         after = await again.pay()
     assert first.error_code == "CLOSED"
@@ -330,21 +330,26 @@ class Receipt(BaseModel):
 
 
 @pytest.mark.parametrize(
-    ("value", "kept"),
+    ("kind", "value", "kept"),
     [
-        ({"a": [1, None, "x"]}, {"a": [1, None, "x"]}),
-        (None, {}),
-        (MappingProxyType({"a": 1}), {"a": 1}),
+        ("sqlite", {"a": [1, None, "x"]}, {"a": [1, None, "x"]}),
+        ("sqlite", None, {}),
+        ("sqlite", MappingProxyType({"a": 1}), {"a": 1}),
         (
+            "sqlite",
             Receipt(number=1, at=datetime(2024, 2, 29, tzinfo=UTC), cents=Decimal("1.10")),
             {"number": 1, "at": "2024-02-29T00:00:00+00:00", "cents": "1.10"},
         ),
-        ({"nul": "a\x00b"}, {"nul": "a\x00b"}),
+        ("sqlite", {"nul": "a\x00b"}, {"nul": "a\x00b"}),
+        pytest.param("postgresql", {"nul": "a\x00b"}, {"nul": "a\x00b"}, marks=pytest.mark.postgresql),
     ],
-    ids=["dict", "None", "mapping", "model", "NUL"],
+    ids=["dict", "None", "mapping", "model", "NUL", "NUL on PostgreSQL"],
 )
-async def test_a_keyed_result_is_kept_as_it_was_first_told(database_url: str, value: Any, kept: Any) -> None:
+async def test_a_keyed_result_is_kept_as_it_was_first_told(
+    request: pytest.FixtureRequest, kind: str, value: Any, kept: Any
+) -> None:
     """Whatever a handler may return comes back the same, now and from the record of another process."""
+    database_url: str = request.getfixturevalue(f"{kind}_url")
 
     def spine() -> Spine:
         made = Spine(database_url)

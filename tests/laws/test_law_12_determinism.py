@@ -33,7 +33,7 @@ def differences(one: list[tuple[Any, ...]], two: list[tuple[Any, ...]]) -> list[
             if a != b and isinstance(a, str) and a.startswith("{"):
                 mine, theirs = json.loads(a), json.loads(b)
                 found += [
-                    f"{left[1]} {mine['kind']}/{theirs['kind']} {name}: {mine.get(name)!r} {theirs.get(name)!r}"
+                    f"row {left[1]}, {mine['kind']}, {name}: {mine.get(name)!r} and {theirs.get(name)!r}"
                     for name in {*mine, *theirs}
                     if mine.get(name) != theirs.get(name)
                 ]

@@ -118,19 +118,26 @@ async def test_an_actor_cancelled_at_the_doorbell_loses_no_message() -> None:
     """Cancelled natively in the very step in which the bell was rung: the next one to wait finds everything."""
     mailbox = Mailbox("m", capacity=64)
     for round_ in range(20):
-        waiting = asyncio.ensure_future(mailbox.wait())
-        await anyio.wait_all_tasks_blocked()
+        waiting = await at_the_door(mailbox)
         mailbox.put(envelope(round_))
         waiting.cancel()
         await asyncio.wait([waiting])
         # A new incarnation drains first and waits afterwards.
         assert emptied(mailbox) == [round_]
-        after = asyncio.ensure_future(mailbox.wait())
-        await anyio.wait_all_tasks_blocked()
+        after = await at_the_door(mailbox)
         mailbox.put(envelope(1000 + round_))
         await asyncio.wait_for(after, 5)
         assert emptied(mailbox) == [1000 + round_]
     mailbox.close()
+
+
+async def at_the_door(mailbox: Mailbox) -> asyncio.Future[None]:
+    """An actor that waits."""
+    waiting = asyncio.ensure_future(mailbox.wait())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    return waiting
 
 
 @pytest.mark.anyio

@@ -366,14 +366,6 @@ async def test_children_stop_in_reverse_and_each_has_a_receipt() -> None:
         assert set(built.supervisor.states().values()) <= {"stopped", "ready"}
 
 
-async def test_a_stop_lets_an_actor_handle_what_came_before_it() -> None:
-    """``Stop`` is a control message, and the router has stopped: what is in the actor's mailbox stays unanswered."""
-    async with kernel() as built:
-        asked = [built.ask("reply", str(number)) for number in range(50)]
-        assert await ends(asked) == [str(number) for number in range(50)]
-        assert named(await stop(built))[0] == ("worker", "clean")
-
-
 class Stubborn(Worker):
     """Does not stop when told to; ends when cancelled, unless it swallows that too."""
 

@@ -81,7 +81,7 @@ async def test_every_way_to_end_has_its_event() -> None:
                 assert set(line) >= IDENTITY, line
         (crashed,) = [line for line in logs if line["event"] == "spine.actor.crashed"]
         assert crashed["actor"] == "worker"
-        assert crashed["error"] == "boom"
+        assert "boom" in crashed["error"]
         assert crashed["restart"] == 1
 
 
