@@ -167,14 +167,12 @@ class Registry(Actor):
         call.queue_us = round((self.exchange.clock.monotonic() - call.envelope.enqueued) * 1e6)
         self._calls.add(call)
         try:
-            call.task = self._tasks.spawn(self._conduct.run(call, refusal))
+            call.task = self._tasks.spawn(self._conduct.run(call, refusal), on_end=partial(self._ended, call))
         except Overloaded as error:
             self._ended(call)
             call.envelope.reply(self._conduct.result(call, OperationResult.fail(str(error), "OVERLOADED"), False))
-        else:
-            call.task.add_done_callback(partial(self._ended, call))
 
-    def _ended(self, call: Call, _: object = None) -> None:
+    def _ended(self, call: Call) -> None:
         call.let_go()
         self._calls.discard(call)
         following = self._slots.give(call)
