@@ -17,7 +17,7 @@ from spine._install import check_install
 from spine.declarations import Declarations
 from spine.domains import action_of, participants
 from spine.explain.why import Explanation, explain
-from spine.governance.authority import BYPASS_DEFAULT_S, AuthorityDecision, GovernanceMode, GovernanceState
+from spine.governance.authority import AuthorityDecision
 from spine.governance.contract import promised
 from spine.governance.operations import (
     Execute,
@@ -38,9 +38,10 @@ from spine.kernel.supervisor import ChildSpec, Receipt, Supervisor
 from spine.kernel.tracing import Level, Tracer
 from spine.kernel.watchdog import Watchdog
 from spine.lifecycle import Gauges, Lifecycle
+from spine.operating import Operating
 from spine.publisher import LogPublisher, Publisher
 from spine.requests import RECIPIENTS, Posted, governed
-from spine.settings import Settings
+from spine.settings import Settings, default_url
 
 # Somebody else's `actors` must be refused by name before anything of it is imported.
 check_install()
@@ -56,7 +57,6 @@ from actors.registry import Registry  # noqa: E402
 T = TypeVar("T")
 
 CALL_S = 30.0
-DEFAULT_URL = "sqlite+aiosqlite:///spine.db"
 # The Spines that run in this process, newest last: what compat's shims find when nobody called ``compat.connect``.
 _RUNNING: list[Spine] = []
 
@@ -71,12 +71,7 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-def default_url() -> str:
-    """The database when none is named: SPINE_DATABASE_URL, else ./spine.db."""
-    return os.environ.get("SPINE_DATABASE_URL") or DEFAULT_URL
-
-
-class Spine(Declarations):
+class Spine(Declarations, Operating):
     """One runtime authority over one database; bound to the event loop it is started on.
 
     ``domains`` take part in every run completion, ``publisher`` gets the events after it. Raises
@@ -298,24 +293,6 @@ class Spine(Declarations):
     @trace.setter
     def trace(self, level: Level) -> None:
         self._use().exchange.tracer.level = level
-
-    # -- operating
-
-    async def bypass(self, *, reason: str, actor: str, for_s: float = BYPASS_DEFAULT_S) -> GovernanceState:
-        """Let operations run unjudged and tagged for ``for_s`` seconds (at most 4 h); restores itself."""
-        return await self._ask(SwitchGovernance(GovernanceMode.BYPASSED, reason, actor, for_s))
-
-    async def degrade(self, *, reason: str, actor: str) -> GovernanceState:
-        """Refuse new runs; existing ones go on, flagged."""
-        return await self._ask(SwitchGovernance(GovernanceMode.DEGRADED, reason, actor))
-
-    async def halt(self, *, reason: str, actor: str) -> GovernanceState:
-        """Let nothing new run."""
-        return await self._ask(SwitchGovernance(GovernanceMode.HALTED, reason, actor))
-
-    async def restore(self, *, reason: str, actor: str) -> GovernanceState:
-        """Govern normally again; after a bypass the state lists what would have been denied."""
-        return await self._ask(SwitchGovernance(GovernanceMode.ACTIVE, reason, actor))
 
     # -- inside
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from spine.kernel.clock import Clock, SystemClock
 from spine.kernel.errors import ConfigurationError
 from spine.kernel.supervisor import Policy
 from spine.kernel.tracing import Level
+
+DEFAULT_URL = "sqlite+aiosqlite:///spine.db"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +39,8 @@ class Settings:
                 raise ConfigurationError(
                     f"settings: {name} {getattr(self, name)!r} must be a positive number of seconds"
                 )
+
+
+def default_url() -> str:
+    """The database when none is named: SPINE_DATABASE_URL, else ./spine.db."""
+    return os.environ.get("SPINE_DATABASE_URL") or DEFAULT_URL

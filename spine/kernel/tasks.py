@@ -29,7 +29,7 @@ class Tasks:
     def spawn(
         self, work: Coroutine[Any, Any, None], name: str = "", on_end: Callable[[], None] | None = None
     ) -> asyncio.Task[None]:
-        """Start the work, named if that is worth it, and call ``on_end`` after it; raises ``Overloaded`` at the limit."""
+        """Start the work, named if that is worth it, and call ``on_end`` after; raises ``Overloaded`` at the limit."""
         if len(self._tasks) >= self._limit:
             work.close()
             raise Overloaded(f"{self._owner} runs {self._limit} tasks already: ask again later")

@@ -41,7 +41,7 @@ def differences(one: list[tuple[Any, ...]], two: list[tuple[Any, ...]]) -> list[
 
 
 async def test_the_same_day_twice_leaves_the_same_journal_byte_for_byte(tmp_path: Path) -> None:
-    """Every kind of call, failing events, denials, a bypass, keys, nested and buffered operations: all columns equal."""
+    """Every kind of call, failing events, denials, a bypass, keys, nested and buffered operations, in all columns."""
     urls = [at(tmp_path, name) for name in ("one", "two")]
     for url in urls:
         await day.run(url, seed=42)

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from spine.kernel.clock import SystemClock, VirtualClock
 from spine.kernel.ids import Ids
 
+# The signal that pytest-timeout sends by default is lost in an event loop.
+pytestmark = pytest.mark.timeout(45, method="thread")
+
 START_US = 1_700_000_000_123_456
 
 

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from spine.kernel.clock import SystemClock, VirtualClock
 from spine.kernel.deadlines import Deadlines
 
+# The signal that pytest-timeout sends by default is lost in an event loop.
+pytestmark = pytest.mark.timeout(45, method="thread")
+
 
 class Item:
     """Notes when its deadline ended it."""

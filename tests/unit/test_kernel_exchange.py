@@ -24,7 +24,8 @@ from spine.kernel.exchange import ROUTER, Exchange
 from spine.kernel.messages import Envelope, Lane
 from tests.unit.kernel_rig import Say, close_exchanges, ends, exchange, kernel, until
 
-pytestmark = pytest.mark.anyio
+# The signal that pytest-timeout sends by default is lost in an event loop.
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(45, method="thread")]
 
 
 @pytest.fixture(autouse=True)

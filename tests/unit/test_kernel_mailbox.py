@@ -16,6 +16,9 @@ from spine.kernel.mailbox import RING, Mailbox
 from spine.kernel.messages import Envelope, Lane
 from tests.unit.kernel_rig import Say, envelope
 
+# The signal that pytest-timeout sends by default is lost in an event loop.
+pytestmark = pytest.mark.timeout(45, method="thread")
+
 
 def emptied(mailbox: Mailbox) -> list[int]:
     numbers = []

@@ -17,7 +17,8 @@ from spine.kernel.messages import Envelope
 from spine.kernel.supervisor import ChildSpec, Policy, Supervisor
 from tests.unit.kernel_rig import Kernel, Say, Worker, actor, close_exchanges, ends, exchange, kernel, stop, until
 
-pytestmark = pytest.mark.anyio
+# The signal that pytest-timeout sends by default is lost in an event loop.
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(45, method="thread")]
 
 QUICK = Policy(intensity=100, backoff_first_s=0.001, backoff_most_s=0.002)
 

@@ -12,7 +12,8 @@ import pytest
 from spine.kernel.errors import Overloaded
 from spine.kernel.tasks import Tasks
 
-pytestmark = pytest.mark.anyio
+# The signal that pytest-timeout sends by default is lost in an event loop.
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(45, method="thread")]
 
 
 def owned(limit: int = 8) -> tuple[Tasks, list[tuple[str, BaseException]]]:

@@ -19,7 +19,8 @@ from spine.kernel.tracing import LEVELS, Tracer
 from spine.settings import Settings
 from tests.unit.kernel_rig import close_exchanges, ends, exchange, kernel, stop, until
 
-pytestmark = pytest.mark.anyio
+# The signal that pytest-timeout sends by default is lost in an event loop.
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(45, method="thread")]
 
 IDENTITY = {"trace_id", "msg_id", "correlation_id", "causation_id", "run_id", "seq", "actor", "sender"}
 

@@ -14,7 +14,8 @@ from spine.kernel.tracing import Tracer
 from spine.kernel.watchdog import Watchdog
 from tests.unit.kernel_rig import until
 
-pytestmark = pytest.mark.anyio
+# The signal that pytest-timeout sends by default is lost in an event loop.
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(45, method="thread")]
 
 
 def hold_the_loop(release: threading.Event) -> None:
