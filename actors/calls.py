@@ -223,8 +223,13 @@ def _returned(call: Call, value: object) -> OperationResult:
     if isinstance(value, OperationResult):
         wrong = _wrong_field(value)
         if wrong is None:
-            if value.error and call.accepted is not None and call.accepted.secrets:
-                return replace(value, error=call.accepted.scrub(value.error))
+            if call.accepted is not None and call.accepted.secrets:
+                scrub = call.accepted.scrub
+                return replace(
+                    value,
+                    error=value.error and scrub(value.error),
+                    error_code=value.error_code and scrub(value.error_code),
+                )
             return value
         problem = f"returned an OperationResult whose {wrong}"
     return OperationResult.fail(f"the handler of {call.name!r} {problem}", "HANDLER_EXCEPTION:TypeError")

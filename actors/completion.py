@@ -64,7 +64,7 @@ class Plan:
     instance: str
     steps: list[Step]
     failed: Step | None = None
-    cause: Exception | None = None
+    cause: BaseException | None = None
     duration_ms: int = 0
     start: list[Record] = field(default_factory=list)
 
@@ -83,13 +83,13 @@ def carry_out(plan: Plan, facts: RunFacts) -> None:
         except Refused as refusal:
             fail(plan, step, StepState.REFUSED, str(refusal.code), str(refusal.reason), refusal)
             return
-        except Exception as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
+        except BaseException as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
             fail(plan, step, StepState.UNKNOWN, type(error).__name__, describe(error), error)
             return
         step.state = move_step(step.state, StepState.DONE, TxState.EXECUTING)
 
 
-def fail(plan: Plan, step: Step, state: StepState, code: str, error: str, cause: Exception | None) -> None:
+def fail(plan: Plan, step: Step, state: StepState, code: str, error: str, cause: BaseException | None) -> None:
     """Mark the step that failed; what the others planned was never written."""
     if step.state is StepState.INTENT:
         step.state = move_step(step.state, state, TxState.EXECUTING)
@@ -263,7 +263,7 @@ def _completed_event(plan: Plan) -> Event:
         **flat(plan.decision, plan.governance),
     }
     event_id = str(uuid5(UUID(plan.tx_id), "event:0"))
-    return Event(event_id, plan.tx_id, request.run_id, request.tenant_id, 0, "run.completed", payload)
+    return Event(event_id, plan.tx_id, request.run_id, request.tenant_id, 0, "run.completed", payload, plan.instance)
 
 
 def _event(plan: Plan, event: Event) -> Record:
@@ -275,6 +275,7 @@ def _event(plan: Plan, event: Event) -> Record:
             "event_id": event.event_id,
             "n": event.n,
             "type": event.type,
+            "instance": event.instance,
             "payload": dict(event.payload),
         },
     )

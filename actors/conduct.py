@@ -200,7 +200,8 @@ class Conduct:
         """Have the outcome recorded before the caller hears of it."""
         handle_us = round((self._now() - began) * 1e6)
         if call.key is not None:
-            result = records.storable(call.name, result)
+            assert call.accepted is not None
+            result = records.storable(call.name, result, call.accepted.scrub)
         outcome = await self._authority._audit_dispatch(call, result, handle_us=handle_us)
         if outcome is None or isinstance(outcome, Committed):
             return self.result(call, result, outcome is not None)

@@ -45,6 +45,7 @@ NAME = "coordinator"
 STOP_S = 4.0
 # How long a completion waits for the first delivery of its events before it answers without it.
 FIRST_DELIVERY_S = 1.0
+COUNTED = ("committed", "aborted", "events_published", "events_failed")
 Message = CompleteRun | CreatePolicyEvaluation | EmitLesson
 
 
@@ -84,14 +85,18 @@ class Source(PendingEvents, Protocol):
 
 @dataclass(slots=True)
 class Completions:
-    """What the coordinator works with; outlives its incarnations."""
+    """What the coordinator works with; outlives its incarnations.
+
+    With ``redeliver`` it also delivers what Spines that live no more left undelivered.
+    """
 
     dependencies: Dependencies
     source: Source
     participants: Sequence[Participant]
     publisher: Publisher
     recorder: Recorder
-    counts: dict[str, int] = field(default_factory=lambda: {"committed": 0, "aborted": 0, "events_failed": 0})
+    redeliver: bool
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
 
 class Coordinator(Actor):
@@ -106,9 +111,16 @@ class Coordinator(Actor):
         self._deps = deps
         self._tasks = Tasks(NAME, limit=deps.calls_most, on_crash=self._task_crashed)
         self._outbox = Outbox(
-            deps.exchange, deps.ids, completions.recorder, completions.source, completions.publisher, self._tasks
+            deps.exchange,
+            deps.ids,
+            completions.recorder,
+            completions.source,
+            completions.publisher,
+            instance=deps.instance,
+            counts=completions.counts,
         )
         self._reports = Reports(deps, completions.recorder)
+        self._delivering: asyncio.Task[None] | None = None
         self._running: dict[tuple[str, str], asyncio.Future[None]] = {}
 
     def __repr__(self) -> str:
@@ -116,15 +128,18 @@ class Coordinator(Actor):
 
     async def start(self) -> None:
         """Begin to deliver what is pending."""
-        self._delivering = self._tasks.spawn(self._outbox.keep(), "outbox")
+        if self._own.redeliver:
+            self._delivering = self._tasks.spawn(self._outbox.keep(), "outbox")
 
-    async def stop(self) -> None:
+    async def stop(self) -> bool:
         """Let running completions end; what is undelivered stays pending in the journal."""
-        self._delivering.cancel()
+        if self._delivering is not None:
+            self._delivering.cancel()
         waits = list(self._running.values())
         if waits:
             await asyncio.wait(waits, timeout=STOP_S)
-        await self._tasks.cancel(1.0)
+        delivered = await self._outbox.stop(0.5)
+        return await self._tasks.cancel(0.5) and delivered
 
     def receive(self, envelope: Envelope) -> None:
         """Begin what the message asks for."""
@@ -148,7 +163,9 @@ class Coordinator(Actor):
             )
         key = (request.run_id, request.completion_key)
         while (running := self._running.get(key)) is not None:
-            await asyncio.wait([running])
+            await asyncio.wait([running], timeout=max(0.0, envelope.deadline - self.exchange.clock.monotonic()))
+            if envelope.done:
+                raise self._unavailable(request, "another completion of it took longer than its caller waits")
         self._running[key] = self.exchange.loop.create_future()
         try:
             return await self._attempt(envelope, request)

@@ -23,11 +23,16 @@ from spine.publisher import Event, Publisher
 PUBLISH_S = 10.0
 QUEUED_MOST = 10_000
 DELIVERIES = 64
+LINES_MOST = 1024
 RELOAD_S = 5.0
 
 
 class PendingEvents(Protocol):
     """Where undelivered events are found."""
+
+    async def living(self, now_us: int) -> set[str]:
+        """The instances that live at that time (unix microseconds): each delivers its own events."""
+        ...
 
     async def pending_events(self, limit: int) -> Sequence[Mapping[str, Any]]:
         """The bodies of the oldest undelivered events, in order."""
@@ -58,20 +63,30 @@ class Outbox:
         recorder: Recorder,
         source: PendingEvents,
         publisher: Publisher,
-        tasks: Tasks,
+        *,
+        instance: str,
+        counts: dict[str, int],
     ) -> None:
         self._exchange = exchange
         self._ids = ids
         self._recorder = recorder
         self._source = source
         self._publisher = publisher
-        self._tasks = tasks
+        self._instance = instance
+        self._counts = counts
+        # Of its own, so that a dead publisher holds up no completion.
+        self._tasks = Tasks("outbox", limit=LINES_MOST, on_crash=self._crashed)
         self._lines: dict[str, _Line] = {}
         self._queued: set[str] = set()
         self._delivered: set[str] = set()
         self._gate = asyncio.Semaphore(DELIVERIES)
-        self.failures = 0
-        self.published = 0
+
+    def _crashed(self, name: str, error: BaseException) -> None:
+        self._exchange.tracer.fault("spine.task.crashed", exc=error, actor="outbox", task=name)
+
+    async def stop(self, seconds: float) -> bool:
+        """End every delivery within ``seconds``; what is undelivered stays pending in the journal."""
+        return await self._tasks.cancel(seconds)
 
     def __len__(self) -> int:
         return len(self._queued)
@@ -109,13 +124,14 @@ class Outbox:
             # What is delivered while the journal is read is pending in that reading only.
             self._delivered.clear()
             try:
+                others = await self._source.living(clock.time_us()) - {self._instance}
                 pending = await self._source.pending_events(QUEUED_MOST)
             except JournalError as error:
                 self._exchange.tracer.fault("spine.outbox.unreadable", exc=error)
                 pending = []
             runs: dict[str, list[Event]] = {}
             for body in pending:
-                if body["event_id"] not in self._delivered:
+                if body["event_id"] not in self._delivered and body.get("instance") not in others:
                     runs.setdefault(body["run_id"], []).append(event_of(body))
             for events in runs.values():
                 if events[0].run_id not in self._lines:
@@ -148,7 +164,7 @@ class Outbox:
             if error is None:
                 left.pop(0)
                 continue
-            self.failures += 1
+            self._counts["events_failed"] += 1
             if not delivery.first_try.done():
                 delivery.first_try.set_result(False)
             event = left[0]
@@ -157,7 +173,7 @@ class Outbox:
             )
             delay = backoff(attempt, first_s=0.1, most_s=30.0, jitter=self._ids.uniform(0.0, 0.25))
             await clock.sleep_until(clock.monotonic() + delay)
-        self.published += len(delivery.events)
+        self._counts["events_published"] += len(delivery.events)
         first = delivery.events[0]
         done = Record(
             "event.published",
@@ -187,5 +203,12 @@ class Outbox:
 def event_of(body: Mapping[str, Any]) -> Event:
     """The event that a journal row holds."""
     return Event(
-        body["event_id"], body["tx_id"], body["run_id"], body["tenant_id"], body["n"], body["type"], body["payload"]
+        body["event_id"],
+        body["tx_id"],
+        body["run_id"],
+        body["tenant_id"],
+        body["n"],
+        body["type"],
+        body["payload"],
+        body.get("instance", ""),
     )

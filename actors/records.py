@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -255,14 +255,14 @@ def flat_text(decision: AuthorityDecision, state: GovernanceState) -> dict[str, 
     return fields
 
 
-def storable(name: str, result: OperationResult) -> OperationResult:
+def storable(name: str, result: OperationResult, scrub: Callable[[str], str]) -> OperationResult:
     """The result of a keyed call, which must be given again from the record: its data as plain JSON, or a failure."""
     if not result.data:
         return result
     try:
         encoded = orjson.dumps(detached(result.data), default=plain)
         if len(encoded) <= PARAMS_MOST_BYTES:
-            return replace(result, data=orjson.loads(encoded))
+            return replace(result, data=orjson.loads(scrub(encoded.decode())))
         problem = f"is {len(encoded)} bytes as JSON, at most {PARAMS_MOST_BYTES} are kept"
     except (InvalidParams, TypeError) as error:
         problem = f"is not JSON ({error})"

@@ -50,7 +50,7 @@ class Registry(Actor):
         super().__init__(dependencies.exchange)
         self._deps = dependencies
         self._tasks = Tasks(NAME, limit=dependencies.calls_most, on_crash=self._task_crashed)
-        self._slots = Slots(dependencies.operations, self.exchange.deadlines, self._slot_timeout)
+        self._slots = Slots(dependencies.operations, self.exchange.deadlines, self._slot_timeout, self._gone)
         self._conduct = Conduct(self, dependencies)
         # A thread for each slot: anyio's shared limit would let one slow operation stall every other.
         self._limiters = {
@@ -73,15 +73,15 @@ class Registry(Actor):
             self.exchange.tracer.fault("spine.housekeeping.failed", exc=error)
         self._housekeeping = self._tasks.spawn(self._deps.recovery.keep(self._watch_governance), "spine.housekeeping")
 
-    async def stop(self) -> None:
+    async def stop(self) -> bool:
         """Interrupt what runs, have that recorded, and let go."""
         if self._housekeeping is not None:
             self._housekeeping.cancel()
         self.interrupt()
-        if not await self._tasks.drained(STOP_S):
-            await self._tasks.cancel(0.5)
+        ended = await self._tasks.drained(STOP_S) or await self._tasks.cancel(0.5)
         with anyio.move_on_after(STOP_S):
             await self._deps.recorder.flushed()
+        return ended
 
     def interrupt(self) -> None:
         """Cancel every running handler and refuse every call that waits for a slot."""
@@ -111,7 +111,7 @@ class Registry(Actor):
         """Give the call a slot or a place in the queue for one."""
         deps = self._deps
         operation = deps.operations.get(request.operation) if isinstance(request.operation, str) else None
-        name = operation.name if operation else ascii(request.operation)[1:-1][:200]
+        name = operation.name if operation else str(records.text(str(request.operation)))[:200]
         timeout = timeout_problem(request.timeout_s)
         if timeout:
             request.timeout_s = 30.0
@@ -182,6 +182,10 @@ class Registry(Actor):
     def _slot_timeout(self, call: Call) -> None:
         reason = f"no slot of operation {call.name!r} came free before the deadline: it did not run"
         self._begin(call, AuthorityDecision.deny(reason, "TIMEOUT"))
+
+    def _gone(self, call: Call) -> None:
+        reason = "the caller stopped waiting before the operation had a slot"
+        self._begin(call, AuthorityDecision.deny(reason, "CANCELLED"))
 
     def _stuck(self, call: Call) -> None:
         """A handler will not end though cancelled: answer its caller without it."""

@@ -5,16 +5,27 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
+import orjson
+
 from actors.dependencies import Dependencies
 from actors.recorder import Recorder
 from actors.records import text
 from actors.starts import implicit_start
 from spine.domains import lesson_row, policy_evaluation_row
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
-from spine.governance.params import id_problem
+from spine.governance.params import PARAMS_MOST_BYTES, id_problem
 from spine.governance.units import Committed, GuardFailed, Record
 from spine.kernel.errors import JournalError, SpineError
 from spine.kernel.messages import Envelope
+
+
+def _check(request: CreatePolicyEvaluation | EmitLesson, required: tuple[str, ...]) -> None:
+    """Raise ValueError naming the field that cannot be recorded."""
+    for name in required:
+        if problem := id_problem(name, getattr(request, name)):
+            raise ValueError(problem)
+    if problem := id_problem("synthetic_scenario_id", request.synthetic_scenario_id, optional=True):
+        raise ValueError(problem)
 
 
 class Reports:
@@ -29,9 +40,11 @@ class Reports:
     async def evaluation(self, envelope: Envelope, request: CreatePolicyEvaluation) -> str | None:
         now, id_ = self._exchange.clock.time_us(), self._deps.ids.uuid()
         try:
-            for name, value in (("run_id", request.run_id), ("tenant_id", request.tenant_id)):
-                if problem := id_problem(name, value):
-                    raise ValueError(problem)
+            _check(request, ("run_id", "tenant_id", "run_status"))
+            if not isinstance(request.policies_checked, int) or isinstance(request.policies_checked, bool):
+                raise ValueError(  # noqa: TRY004  one kind of refusal for every field
+                    f"policies_checked must be an integer, not {type(request.policies_checked).__name__}"
+                )
             row = policy_evaluation_row(request, id=id_, at=now)
             record = Record(
                 "policy.evaluation",
@@ -39,24 +52,26 @@ class Reports:
                 {"run_id": request.run_id, "tenant_id": request.tenant_id, "row": row.to_dict()["row"]},
             )
             return id_ if await self._report(envelope, request.run_id, request.tenant_id, record) else None
-        except (ValueError, SpineError) as error:
+        except Exception as error:  # noqa: BLE001  whatever is wrong with a report never reaches the worker
             await self._unreported(request.run_id, request.tenant_id, "policies", "create_policy_evaluation", error)
             return None
 
     async def lesson(self, envelope: Envelope, request: EmitLesson) -> UUID | None:
         now, id_ = self._exchange.clock.time_us(), self._deps.ids.uuid()
         try:
-            if problem := id_problem("tenant_id", request.tenant_id):
-                raise ValueError(problem)
+            _check(request, ("tenant_id", "source_event_id"))
             row = lesson_row(request, id=id_, at=now)
             record = Record("lesson", now, {"tenant_id": request.tenant_id, "row": row.to_dict()["row"]})
             return UUID(id_) if await self._report(envelope, None, request.tenant_id, record) else None
-        except (ValueError, SpineError) as error:
+        except Exception as error:  # noqa: BLE001  whatever is wrong with a report never reaches the worker
             await self._unreported(None, request.tenant_id, "lessons", f"emit_{request.lesson}_lesson", error)
             return None
 
     async def _report(self, envelope: Envelope, run_id: str | None, tenant_id: str, record: Record) -> bool:
-        """Record a report; raises ``SpineError`` when that fails."""
+        """Record a report; raises ``SpineError`` or ``ValueError`` when that fails."""
+        size = len(orjson.dumps(record.fields))
+        if size > PARAMS_MOST_BYTES:
+            raise ValueError(f"the report is {size} bytes as JSON, at most {PARAMS_MOST_BYTES} are taken")
         runs = self._runs
         while True:
             owner = None if run_id is None else runs.cached(run_id) or await runs.tenant(run_id)

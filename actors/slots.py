@@ -9,17 +9,28 @@ from actors.calls import Call
 from spine.governance.operations import Operation
 from spine.kernel.deadlines import Deadlines
 
+# A longer queue is looked through for callers that gave up.
+PLACES_MOST = 64
+
 
 class Slots:
-    """The slots of every operation; ``on_timeout`` gets the call whose deadline passed while it waited."""
+    """The slots of every operation.
+
+    ``on_timeout`` gets the call whose deadline passed while it waited, ``on_gone`` the one whose caller left meanwhile.
+    """
 
     def __init__(
-        self, operations: Mapping[str, Operation], deadlines: Deadlines, on_timeout: Callable[[Call], None]
+        self,
+        operations: Mapping[str, Operation],
+        deadlines: Deadlines,
+        on_timeout: Callable[[Call], None],
+        on_gone: Callable[[Call], None],
     ) -> None:
         self._free = {name: operation.concurrency for name, operation in operations.items()}
         self._waiting: dict[str, deque[_Place]] = {}
         self._deadlines = deadlines
         self._on_timeout = on_timeout
+        self._on_gone = on_gone
 
     def take(self, call: Call) -> bool:
         """Take a slot if one is free."""
@@ -33,6 +44,10 @@ class Slots:
     def wait(self, call: Call) -> None:
         """Queue for a slot until the call's deadline."""
         place = _Place(self, call)
+        waiting = self._waiting.get(call.name)
+        if waiting is not None and len(waiting) >= PLACES_MOST:
+            # Those who gave up hold no admission credit any more: without this the queue would have no bound.
+            self._waiting[call.name] = deque(place for place in waiting if not self._left(place))
         self._waiting.setdefault(call.name, deque()).append(place)
         self._deadlines.add(call.deadline, place)
 
@@ -45,12 +60,20 @@ class Slots:
         while waiting:
             place = waiting.popleft()
             self._deadlines.discard(place.call.deadline, place)
-            if not place.left:
+            if not self._left(place):
                 place.left = True
                 place.call.slotted = True
                 return place.call
         self._free[call.name] += 1
         return None
+
+    def _left(self, place: _Place) -> bool:
+        """Whether nobody waits at this place any more; who left is told of."""
+        if not place.left and place.call.envelope.done:
+            place.left = True
+            self._deadlines.discard(place.call.deadline, place)
+            self._on_gone(place.call)
+        return place.left
 
     def empty(self) -> list[Call]:
         """Take every waiting call out of the queues."""

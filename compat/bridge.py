@@ -49,6 +49,7 @@ STOP_S: Final = 30.0
 LOOK_S: Final = 0.5
 
 _RECORDING_PROBLEMS: Final = (
+    ConfigurationError,
     ActorCrashed,
     DeadlineExceeded,
     JournalError,
@@ -118,7 +119,14 @@ class Bridge:
                 # The registry refuses it, with a result: that answer is waited for.
                 timeout_s = DEFAULT_TIMEOUT_S
         while True:
-            line = self._reach()
+            try:
+                line = self._reach()
+            except JournalError as error:
+                # An own Spine that cannot open its journal: the worker hears what a running one would say of it.
+                ended = governed(request, error)
+                if isinstance(ended, BaseException):
+                    raise ended from error
+                return cast("R", ended)
             call = self._send(line, request, timeout_s)
             if call.error is None:
                 return cast("R", call.result)

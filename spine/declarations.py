@@ -41,6 +41,9 @@ class Declarations:
         Raises ``RuntimeError`` for a duplicate or after the start, ``TypeError`` for what is not callable.
         """
 
+        if not isinstance(name, str):
+            raise TypeError("@spine.operation needs a name: write @spine.operation('domain.action')")
+
         def register(handler: H) -> H:
             self._open_to(f"operation {name!r}")
             if name in self._operations:
@@ -69,6 +72,9 @@ class Declarations:
         on_error: OnError = "deny",
     ) -> Callable[[F], F]:
         """Bind the decorated synchronous function to the operations that ``pattern`` matches."""
+
+        if not isinstance(pattern, str):
+            raise TypeError("@spine.rule needs a pattern: write @spine.rule('domain.*')")
 
         def bind(function: F) -> F:
             rule = Rule.bind(pattern, function, id=id, version=version, mode=mode, on_error=on_error)
@@ -109,10 +115,20 @@ class Declarations:
     def _rules_by_operation(self) -> dict[str, tuple[Rule, ...]]:
         return {name: tuple(rule for rule in self._rules if rule.matches(name)) for name in self._operations}
 
-    def _code_names(self) -> dict[CodeType, str]:
-        """Which code belongs to which handler or rule, for naming what holds the event loop."""
+    def _idle_rules(self) -> list[str]:
+        """The rules that no operation will ever be asked about: most likely a pattern is misspelt."""
+        return [rule.id for rule in self._rules if not any(rule.matches(name) for name in self._operations)]
+
+    def _code_names(self, others: Sequence[object]) -> dict[CodeType, str]:
+        """Which code belongs to which handler, rule, domain or publisher, for naming what holds the event loop."""
         named: list[tuple[object, str]] = [(o.handler, f"operation {o.name}") for o in self._operations.values()]
         named += [(rule.function, f"rule {rule.id}") for rule in self._rules]
+        named += [
+            (getattr(other, method).__func__, f"{type(other).__name__}.{method}")
+            for other in others
+            for method in ("plan", "publish")
+            if hasattr(getattr(other, method, None), "__func__")
+        ]
         found = {}
         for function, name in named:
             code = getattr(inspect.unwrap(function), "__code__", None)  # type: ignore[arg-type]

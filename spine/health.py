@@ -31,5 +31,5 @@ class Health:
     blocked: tuple[dict[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As printed by ``spine health --json``."""
+        """Plain data, for an endpoint or a log."""
         return asdict(self) | {"messages": asdict(self.messages) | {"balanced": self.messages.balanced}}

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import anyio
 
 from spine.health import Health
-from spine.kernel.errors import NotRunning, SpineFailed
+from spine.kernel.errors import MailboxClosed, NotRunning, SpineFailed
 from spine.kernel.exchange import Exchange
 from spine.kernel.supervisor import START_UNDO_S, Receipt, Supervisor
 from spine.kernel.watchdog import Watchdog
@@ -76,7 +76,13 @@ class Lifecycle:
         await self._drained(min(settings.drain_s, settings.stop_s / 2))
         receipts = await self.supervisor.stop(max(1.0, give_up - exchange.loop.time()))
         self.watchdog.stop()
-        await self._close()
+        left = max(0.5, give_up - exchange.loop.time())
+        with anyio.move_on_after(left) as overdue:
+            await self._close()
+        if overdue.cancelled_caught:
+            # The database does not answer: its thread is a daemon and holds nothing that was acknowledged.
+            exchange.tracer.fault("spine.journal.leaked", seconds=left)
+            receipts.append(Receipt("journal", "leaked", round(left, 3)))
         return receipts
 
     async def _drained(self, seconds: float) -> None:
@@ -92,7 +98,7 @@ class Lifecycle:
         for mailbox in exchange.mailboxes.values():
             exchange.bury(mailbox)
         for envelope in list(exchange.ledger.open.values()):
-            envelope.fail(NotRunning("this Spine stopped before it answered: the journal tells what was done"))
+            envelope.fail(MailboxClosed("this Spine stopped before it answered: the journal tells what was done"))
         # The writer last: only the last connection to go can fold SQLite's log back into the file.
         await self.reader.close()
         await self.writer.close()

@@ -11,7 +11,10 @@ import structlog
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of a committed transaction; ``event_id`` is the same at every delivery: receivers drop repeats by it."""
+    """An event of a committed transaction; ``event_id`` is the same at every delivery: receivers drop repeats by it.
+
+    ``instance`` is the Spine that committed it, and that delivers it as long as it lives.
+    """
 
     event_id: str
     tx_id: str
@@ -20,6 +23,7 @@ class Event:
     n: int
     type: str
     payload: Mapping[str, Any]
+    instance: str = ""
 
 
 @runtime_checkable

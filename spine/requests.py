@@ -17,9 +17,17 @@ from spine.governance.operations import (
     ungoverned,
 )
 from spine.governance.transactions import CompleteRun, TransactionFailed, TransactionPhase
-from spine.kernel.errors import DeadlineExceeded, Overloaded
+from spine.kernel.errors import DeadlineExceeded, JournalError, MailboxClosed, Overloaded, SpineError
 from spine.kernel.messages import Envelope, Request
 
+# The errors of a request that no actor answered, and the code a governed ending carries for each.
+CODES: Mapping[type[SpineError], str] = {
+    Overloaded: "OVERLOADED",
+    DeadlineExceeded: "TIMEOUT",
+    MailboxClosed: "INTERRUPTED",
+    JournalError: "JOURNAL_UNAVAILABLE",
+}
+UNANSWERED = (Overloaded, DeadlineExceeded, MailboxClosed)
 RECIPIENTS: Mapping[type, str] = {
     Execute: "registry",
     StartRun: "registry",
@@ -47,10 +55,10 @@ class Posted:
 
 
 def governed(
-    request: Request[Any], error: Overloaded | DeadlineExceeded, state: GovernanceState | None = None
+    request: Request[Any], error: SpineError, state: GovernanceState | None = None
 ) -> OperationResult | AuthorityDecision | BaseException:
-    """What the caller gets when the spine mailbox was full or nobody answered in time."""
-    code = "OVERLOADED" if isinstance(error, Overloaded) else "TIMEOUT"
+    """What the caller gets when no actor answered: the mailbox was full or closed, or the time was up."""
+    code = next((code for kind, code in CODES.items() if isinstance(error, kind)), "INTERRUPTED")
     match request:
         case Execute():
             return ungoverned(str(request.operation), str(error), code, state or GovernanceState())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from spine._install import check_install
 from spine.declarations import Declarations
 from spine.domains import action_of, participants
 from spine.explain.why import Explanation, explain
-from spine.governance.authority import AuthorityDecision
+from spine.governance.authority import AuthorityDecision, GovernanceState
 from spine.governance.contract import promised
 from spine.governance.operations import (
     Execute,
@@ -29,9 +30,10 @@ from spine.governance.operations import (
 )
 from spine.governance.transactions import CompleteRun, TransactionResult
 from spine.health import Health
-from spine.kernel.errors import DeadlineExceeded, NotRunning, Overloaded
+from spine.kernel.errors import NotRunning, Overloaded
 from spine.kernel.exchange import ROUTER, Exchange
 from spine.kernel.ids import Ids
+from spine.kernel.mailbox import Passage
 from spine.kernel.messages import Envelope, Lane, Reply, Request
 from spine.kernel.router import Router
 from spine.kernel.supervisor import ChildSpec, Receipt, Supervisor
@@ -40,7 +42,7 @@ from spine.kernel.watchdog import Watchdog
 from spine.lifecycle import Gauges, Lifecycle
 from spine.operating import Operating
 from spine.publisher import LogPublisher, Publisher
-from spine.requests import RECIPIENTS, Posted, governed
+from spine.requests import RECIPIENTS, UNANSWERED, Posted, governed
 from spine.settings import Settings, default_url
 
 # Somebody else's `actors` must be refused by name before anything of it is imported.
@@ -89,10 +91,11 @@ class Spine(Declarations, Operating):
         super().__init__()
         self.url = url or default_url()
         self._participants = participants(domains)
-        self._publisher = publisher or LogPublisher()
-        if isinstance(publisher, type) or not callable(getattr(self._publisher, "publish", None)):
+        # Only who names a publisher takes over what others left: a command on the database must swallow no events.
+        self._publisher, self._redeliver = publisher or LogPublisher(), publisher is not None
+        if isinstance(publisher, type) or not inspect.iscoroutinefunction(getattr(self._publisher, "publish", None)):
             raise TypeError(
-                f"publisher {publisher!r} must be an object with publish(event): see spine.publisher.Publisher"
+                f"publisher {publisher!r} must be an object with async publish(event): see spine.publisher.Publisher"
             )
         self._settings = settings or Settings()
         self._system: _System | None = None
@@ -142,10 +145,14 @@ class Spine(Declarations, Operating):
         self._system, self._loop, self._thread = system, system.exchange.loop, get_ident()
         self._phase = "running"
         _RUNNING.append(self)
+        for rule in self._idle_rules():
+            system.exchange.tracer.fault("spine.rule.unmatched", rule=rule, remedy="correct its pattern or remove it")
 
     async def stop(self) -> list[Receipt]:
         """Refuse new calls, let running ones end, interrupt the rest, stop the actors; gives a receipt for each."""
         system = self._system
+        if self._stopping is not None and self._phase == "stopping":
+            return await asyncio.shield(self._stopping)
         if system is None or self._phase != "running":
             return []
         self._check_place()
@@ -196,14 +203,15 @@ class Spine(Declarations, Operating):
     ) -> OperationResult:
         """Run an operation under the authority; every governed ending is a result.
 
-        ``timeout_s`` seconds bound waiting, deciding and handling; ``wait`` lets a full spine mailbox be waited for.
+        ``timeout_s`` seconds bound waiting, deciding and handling, and at most 10 s more may go by while the end is
+        recorded; ``wait`` lets a full spine mailbox be waited for.
         Raises ``NotRunning``, ``SpineFailed`` or ``ActorCrashed``.
         """
         request = Execute(operation, tenant_id, run_id, params, idempotency_key, timeout_s)
         try:
             return await self._ask(request, timeout_s=_bounded(timeout_s), wait=wait)
-        except (Overloaded, DeadlineExceeded) as error:
-            return cast(OperationResult, governed(request, error, self._use().dependencies.switch.state))
+        except UNANSWERED as error:
+            return cast(OperationResult, governed(request, error, self._last_known()))
 
     async def start_run(
         self,
@@ -243,8 +251,8 @@ class Spine(Declarations, Operating):
         """Send any of Spine's requests through the spine mailbox; the shims' requests are answered the same way."""
         try:
             return await self._ask(request)
-        except (Overloaded, DeadlineExceeded) as error:
-            ended = governed(request, error, self._use().dependencies.switch.state)
+        except UNANSWERED as error:
+            ended = governed(request, error, self._last_known())
             if isinstance(ended, BaseException):
                 raise ended from error
             return cast(T, ended)
@@ -259,7 +267,7 @@ class Spine(Declarations, Operating):
         state = self._use().dependencies.switch.state
 
         def told(value: Any, error: BaseException | None) -> None:
-            if isinstance(error, (Overloaded, DeadlineExceeded)):
+            if isinstance(error, UNANSWERED):
                 ended = governed(request, error, state)
                 value, error = (None, ended) if isinstance(ended, BaseException) else (ended, None)
             on_done(value, error)
@@ -276,6 +284,10 @@ class Spine(Declarations, Operating):
         rows = await system.reader.run_rows(run_id)
         intact = await system.reader.run_evidence(rows)
         return explain(rows, now_us=system.clock.time_us(), intact=intact, run_id=run_id)
+
+    def black_box(self) -> dict[str, list[Passage]]:
+        """The last envelopes that went into each mailbox, oldest first, without their payloads."""
+        return {name: mailbox.passages() for name, mailbox in self._use().exchange.mailboxes.items()}
 
     def health(self) -> Health:
         """A snapshot of counters, actors, mailboxes and faults; never waits."""
@@ -306,6 +318,9 @@ class Spine(Declarations, Operating):
             raise NotRunning(
                 "this Spine runs on another event loop: call it there, or from synchronous code through compat"
             )
+
+    def _last_known(self) -> GovernanceState:
+        return GovernanceState() if self._system is None else self._system.dependencies.switch.state
 
     def _use(self) -> _System:
         if self._system is None or self._phase not in ("running", "forked"):
@@ -371,7 +386,9 @@ class _System:
             promises=lambda declared: promised(acting, declared),
             calls_most=2 * settings.credits + 64,
         )
-        completions = Completions(deps, reader, parts, spine._publisher, Recorder(exchange, ids, coordinator.NAME))
+        completions = Completions(
+            deps, reader, parts, spine._publisher, Recorder(exchange, ids, coordinator.NAME), spine._redeliver
+        )
         children = [
             ChildSpec(audit.NAME, lambda: Audit(exchange, writer, reader, progress)),
             ChildSpec(ROUTER, lambda: Router(exchange)),
@@ -387,7 +404,12 @@ class _System:
             settings,
             exchange,
             self.supervisor,
-            Watchdog(exchange.loop, exchange.tracer, spine._code_names(), limit_s=settings.blocked_s),
+            Watchdog(
+                exchange.loop,
+                exchange.tracer,
+                spine._code_names([*spine._participants, spine._publisher]),
+                limit_s=settings.blocked_s,
+            ),
             writer,
             reader,
             Gauges(

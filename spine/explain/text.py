@@ -113,11 +113,16 @@ def _ms(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1f} ms"
 
 
+def _reached(state: str, phase: str) -> str:
+    """How far a completion went; of one that was undone nothing is left, however far it had come."""
+    return f", reached {phase}" if state == "COMMITTED" and phase != state else ""
+
+
 def _completion(transaction: Mapping[str, Any] | None) -> list[Line]:
     if transaction is None:
         return [("head", "completion: none recorded")]
     state, phase = printable(transaction["state"]), printable(transaction["phase"])
-    lines: list[Line] = [("head", f"completion {state}" + (f", reached {phase}" if phase != state else ""))]
+    lines: list[Line] = [("head", f"completion {state}" + _reached(state, phase))]
     for domain in transaction["domains"]:
         error = f": {printable(domain['error'])}" if domain["error"] is not None else ""
         result = f" {printable(domain['result_id'])}" if domain["result_id"] is not None else ""

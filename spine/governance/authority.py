@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -314,7 +313,7 @@ def check_start(governance: GovernanceState, *, completion: bool = False) -> Aut
 def _ask(rule: Rule, context: Callable[[], OperationContext]) -> RuleOutcome:
     try:
         said: object = rule.function(context())
-    except (Exception, CancelledError) as error:  # noqa: BLE001  foreign code: its failure is a decision (RULE_ERROR)
+    except BaseException as error:  # noqa: BLE001  foreign code: its failure is a decision (RULE_ERROR)
         return _failed(rule, f"rule {rule.id!r} raised {describe(error)}")
     if not isinstance(said, AuthorityDecision):
         if inspect.iscoroutine(said):
@@ -346,8 +345,9 @@ def scrubbed(verdict: Verdict, scrub: Callable[[str], str]) -> Verdict:
     """The verdict without the secrets that rules wrote into their reasons."""
 
     def clean(said: AuthorityDecision) -> AuthorityDecision:
-        text = scrub(said.reason)
-        return said if text == said.reason else replace(said, reason=text)
+        return replace(
+            said, reason=scrub(said.reason), code=scrub(said.code), conditions=tuple(map(scrub, said.conditions))
+        )
 
     for outcome in verdict.outcomes:
         outcome.said = clean(outcome.said)

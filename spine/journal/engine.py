@@ -231,7 +231,8 @@ def check_version(version: int | None, target: Target) -> None:
         )
     if version < SCHEMA_VERSION:
         raise SchemaMismatch(
-            f"{target.name} has schema version {version}, this Spine needs {SCHEMA_VERSION}: run `spine db upgrade`"
+            f"{target.name} has schema version {version}, this Spine needs {SCHEMA_VERSION}: "
+            "call spine.journal.migrations.upgrade"
         )
 
 

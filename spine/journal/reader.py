@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, Final
 from urllib.parse import parse_qsl
 
+import anyio
 import orjson
 from sqlalchemy import URL, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -41,7 +42,8 @@ from spine.kernel.errors import JournalBroken
 _NO_LINK: Final = (b"", b"")
 _LAST_CHARACTER: Final = "\U0010ffff"
 _IDS: Final = 400
-_CLOSE_S: Final = 5.0
+_CLOSE_S: Final = 2.0
+_READ_S: Final = 10.0
 _PAGE: Final = 500
 _MAIN: Final = f"stream = '{STREAM}'"
 _ROW: Final = "seq, prev, hash, body"
@@ -58,7 +60,7 @@ class JournalReader:
         self._target = parse_url(url)
         self._engine: AsyncEngine | None = None
         self._opening = asyncio.Lock()
-        self._reading: set[asyncio.Future[None]] = set()
+        self._reading: set[asyncio.Task[list[Any]]] = set()
         self._placeholder = "?" if self._target.dialect == "sqlite" else "%s"
 
     async def open(self) -> None:
@@ -102,11 +104,10 @@ class JournalReader:
     async def close(self) -> None:
         """Close its connections; reading again opens new ones."""
         engine, self._engine = self._engine, None
-        reading, self._reading = self._reading, set()
         if engine is not None:
-            if reading:
+            if self._reading:
                 # A pool forgets what is out when it is disposed of: those connections would never be closed.
-                await asyncio.wait(reading, timeout=_CLOSE_S)
+                await asyncio.wait(list(self._reading), timeout=_CLOSE_S)
             await engine.dispose()
             self._closed()
 
@@ -199,6 +200,11 @@ class JournalReader:
             rows = await self._all(f"SELECT {columns} FROM open_decisions WHERE instance = ?", instance)
             found += [OpenDecision(*values) for values in rows]
         return sorted(found, key=lambda decision: decision.seq)
+
+    async def living(self, now_us: int) -> set[str]:
+        """The instances that hold a lease at that time (unix microseconds) and are not surely dead."""
+        held = await self._all("SELECT instance, process FROM instances WHERE lease_until_at >= ?", now_us)
+        return {instance for instance, process in held if not surely_dead(process)}
 
     async def pending_events(self, limit: int = 100) -> list[dict[str, Any]]:
         """The bodies of up to ``limit`` events that wait to be published, in journal order."""
@@ -305,6 +311,20 @@ class JournalReader:
         return [(values[0], values[1]) for values in await self._all(sql)]
 
     async def _all(self, sql: str, *params: Any) -> list[Any]:
+        # In a task of its own: a caller that is cancelled in the middle of a query must leave no connection behind,
+        # whose thread would answer a loop that may be closed by then.
+        reading = asyncio.create_task(self._twice(sql, params), name="spine.journal.read")
+        self._reading.add(reading)
+        reading.add_done_callback(self._read_ended)
+        return await asyncio.shield(reading)
+
+    def _read_ended(self, reading: asyncio.Task[list[Any]]) -> None:
+        self._reading.discard(reading)
+        if not reading.cancelled():
+            # Seen, even when its caller is gone.
+            reading.exception()
+
+    async def _twice(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
         try:
             return await self._read(sql, params)
         except SQLAlchemyError as error:
@@ -318,15 +338,13 @@ class JournalReader:
 
     async def _read(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
         engine = self._engine or await self._open()
-        reading, done = self._reading, asyncio.get_running_loop().create_future()
-        reading.add(done)
         try:
-            async with engine.connect() as connection:
-                result = await connection.exec_driver_sql(sql.replace("?", self._placeholder), params or None)
-                return list(result.all())
-        finally:
-            reading.discard(done)
-            done.set_result(None)
+            with anyio.fail_after(_READ_S):
+                async with engine.connect() as connection:
+                    result = await connection.exec_driver_sql(sql.replace("?", self._placeholder), params or None)
+                    return list(result.all())
+        except TimeoutError as error:
+            raise unavailable(self._target, error) from error
 
 
 def _engine(target: Target) -> AsyncEngine:

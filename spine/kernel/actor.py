@@ -39,8 +39,9 @@ class Actor:
                     )
                 )
 
-    async def stop(self) -> None:
-        """Give back what the incarnation holds; called after its loop, however that ended."""
+    async def stop(self) -> bool:
+        """Give back what the incarnation holds, after its loop, however that ended; ``False`` when some of it stays."""
+        return True
 
     def receive(self, envelope: Envelope) -> None:
         """Handle one message without waiting for anything."""

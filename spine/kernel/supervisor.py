@@ -100,6 +100,7 @@ class _Child:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     was_ready: bool = False
+    left: bool = False
     taken: list[Envelope] = field(default_factory=list)
     crash: ActorCrashed | None = None
 
@@ -258,7 +259,7 @@ class Supervisor:
                 await actor.run()
             finally:
                 with anyio.CancelScope(shield=True, deadline=anyio.current_time() + child.spec.shutdown_s):
-                    await actor.stop()
+                    child.left = await actor.stop() is False
         except asyncio.CancelledError as cancelled:
             error = cancelled
         except Exception as crash:  # noqa: BLE001  supervision boundary: the exit message carries it
@@ -383,7 +384,7 @@ class Supervisor:
                 task.cancel()
             done, _ = await asyncio.wait([task], timeout=allowed_s)
             if done:
-                return "clean"
+                return "leaked" if child.left else "clean"
         task.cancel()
         done, _ = await asyncio.wait([task], timeout=KILL_GRACE_S)
         return "forced" if done else "leaked"

@@ -57,7 +57,7 @@ class Tracer:
             "correlation_id": envelope.correlation_id,
             "causation_id": self.msg_id(envelope.causation),
             "run_id": envelope.correlation_id,
-            "seq": envelope.seq,
+            "seq": envelope.seq or None,
             "sender": envelope.sender,
             "message": type(envelope.payload).__name__,
         }

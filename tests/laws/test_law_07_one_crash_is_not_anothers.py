@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
+from actors.audit import Append
 from spine import OperationContext, OperationResult, Spine
 from spine.governance.facade import CreatePolicyEvaluation
 from spine.governance.transactions import TransactionFailed
 from spine.kernel.clock import VirtualClock
 from spine.kernel.errors import ActorCrashed, SpineFailed
+from spine.kernel.messages import Envelope
 from spine.kernel.supervisor import Policy
 from spine.settings import Settings
 from tests.laws.world import (
@@ -246,6 +248,14 @@ async def test_what_a_crashed_audit_actor_had_taken_and_not_written_is_told_as_n
     assert_intact(sqlite_url)
 
 
+def in_flight(spine: Spine) -> list[Envelope]:
+    return list(spine._system.exchange.ledger.open.values())
+
+
+def is_outcome(message: Envelope) -> bool:
+    return isinstance(message.payload, Append) and message.payload.unit.id.endswith(".outcome")
+
+
 async def test_an_outcome_that_crashed_with_the_audit_actor_is_recorded_later(sqlite_url: str) -> None:
     """The handler ran: the caller hears OUTCOME_UNRECORDED, and the outcome is in the journal soon after."""
     release = asyncio.Event()
@@ -258,9 +268,9 @@ async def test_an_outcome_that_crashed_with_the_audit_actor_is_recorded_later(sq
             blocker = asyncio.ensure_future(spine.execute("work.fine", tenant_id="acme"))
             await until(lambda: len(list(spine._system.exchange.ledger.held_by("audit"))) == 1)
             release.set()
-            await until(lambda: spine.health().mailboxes["audit"] == 1)
+            await until(lambda: any(is_outcome(message) and message.seq for message in in_flight(spine)))
             asked = poison(spine, "audit")
-            await until(lambda: spine.health().mailboxes["audit"] == 2)
+            await until(lambda: asked.seq)
         result = await held
         assert (result.success, result.error_code, result.durable) == (False, "OUTCOME_UNRECORDED", False)
         assert result.data == {"held": "to the end"}

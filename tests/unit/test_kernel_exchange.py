@@ -22,6 +22,7 @@ from spine.kernel.errors import (
 )
 from spine.kernel.exchange import ROUTER, Exchange
 from spine.kernel.messages import Envelope, Lane
+from spine.kernel.supervisor import Policy
 from tests.unit.kernel_rig import Say, close_exchanges, ends, exchange, kernel, until
 
 # The signal that pytest-timeout sends by default is lost in an event loop.
@@ -356,20 +357,37 @@ async def test_an_expired_message_tells_where_it_is() -> None:
 
 
 async def test_an_expired_message_is_never_handled() -> None:
-    """It waited in the mailbox past its deadline: the actor does not see it."""
+    """It waited in the mailbox past its deadline; the actor looks at the clock itself, however late the timer is."""
     clock = VirtualClock()
     async with kernel(clock=clock) as built:
-        own = built.exchange
-        late, fine = (
-            built.ask("reply", "late", timeout_s=1),
-            built.ask("reply", "fine", timeout_s=5),
-        )
+        # The timer sleeps until this one's deadline, and this clock does not wake it by itself.
+        first = built.ask("silence", "first", timeout_s=0.5)
+        await until(lambda: built.newest().handled)
+        late, fine = built.ask("reply", "late", timeout_s=1), built.ask("reply", "fine", timeout_s=5)
         await asyncio.sleep(0)
-        # Both lie in the spine mailbox; the clock jumps before anyone runs.
         clock._now = 2.0
         assert await ends([late, fine]) == ["DeadlineExceeded", "fine"]
-        assert built.newest().handled == ["fine"]
-        assert own.ledger.counts().ended["expired"] == 1
+        assert built.newest().handled == ["first", "fine"]
+        assert not first.done()
+        first.cancel()
+
+
+async def test_what_a_mailbox_cannot_take_from_the_router_fails_and_says_why() -> None:
+    """Its actor is down and the queue full, or closed for good: the sender hears at once."""
+    clock = VirtualClock()
+    async with kernel(clock=clock, credits=2, policy=Policy(backoff_first_s=60, backoff_most_s=60)) as built:
+        await ends([built.ask("crash")])
+        waiting = [built.ask("reply", str(number), timeout_s=1000) for number in range(8)]
+        await until(lambda: len(built.exchange.mailboxes["worker"]) == 8)
+        with pytest.raises(Overloaded, match="'worker' holds 8 messages in lane INTERNAL"):
+            await built.ask()
+        await clock.advance(100)
+        assert await ends(waiting) == [str(number) for number in range(8)]
+        built.exchange.bury(built.exchange.mailboxes["worker"])
+        with pytest.raises(MailboxClosed, match="'worker' is closed"):
+            await built.ask()
+        assert built.exchange.ledger.counts().in_flight == 0
+        assert {crash.actor for crash in built.supervisor.crashes} == {"worker"}
 
 
 async def test_a_nested_message_has_at_most_the_time_left_to_its_parent() -> None:
@@ -412,6 +430,7 @@ async def test_a_message_to_nobody_becomes_a_dead_letter_and_its_sender_hears_wh
         assert counts.ended["dead_lettered"] == 1
         assert counts.late_replies == 0
         assert [letter.recipient for letter in built.exchange.dead_letters] == ["nobody", "nobody"]
+        assert built.supervisor.crashes == []
 
 
 async def test_a_tell_ends_handled_or_dead_lettered_and_in_no_other_way() -> None:

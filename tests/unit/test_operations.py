@@ -50,14 +50,19 @@ def test_declaring_gives_the_handler_back(spine: Spine) -> None:
         "shöp.buy",
         "1.buy",
         "a." + "b" * 200,
-        None,
-        5,
-        b"shop.buy",
     ],
 )
 def test_a_name_that_is_not_domain_action_is_refused(spine: Spine, name: Any) -> None:
     """Names are domain.action of letters, digits, - and _."""
     with pytest.raises(ConfigurationError, match=r"domain\.action"):
+        spine.operation(name)(nothing)
+    assert spine.operation_count == 0
+
+
+@pytest.mark.parametrize("name", [None, 5, b"shop.buy", nothing], ids=["None", "int", "bytes", "no name at all"])
+def test_a_name_that_is_no_text_is_a_type_error(spine: Spine, name: Any) -> None:
+    """Also where the decorator was written without its name, so that the handler takes its place."""
+    with pytest.raises(TypeError, match=r"domain\.action"):
         spine.operation(name)(nothing)
     assert spine.operation_count == 0
 
