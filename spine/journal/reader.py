@@ -103,11 +103,11 @@ class JournalReader:
 
     async def close(self) -> None:
         """Close its connections; reading again opens new ones."""
+        if self._reading:
+            # What is still being opened has no engine to dispose of yet, and a pool forgets what is out when it goes.
+            await asyncio.wait(list(self._reading), timeout=_CLOSE_S)
         engine, self._engine = self._engine, None
         if engine is not None:
-            if self._reading:
-                # A pool forgets what is out when it is disposed of: those connections would never be closed.
-                await asyncio.wait(list(self._reading), timeout=_CLOSE_S)
             await engine.dispose()
             self._closed()
 

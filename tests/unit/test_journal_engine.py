@@ -156,7 +156,7 @@ def test_an_older_schema_is_upgraded_on_sqlite_and_refused_on_postgresql(
     asyncio.run(write(journal_url, []))
     sql(journal_url, "UPDATE spine_meta SET value = '0'")
     if "postgresql" in journal_url:
-        with pytest.raises(SchemaMismatch, match="journal.migrations.upgrade"):
+        with pytest.raises(SchemaMismatch, match=r"journal\.migrations\.upgrade"):
             asyncio.run(write(journal_url, []))
         return
     upgraded: list[int] = []
