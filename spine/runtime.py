@@ -222,7 +222,8 @@ class Spine(Declarations, Operating):
         expectations: Sequence[tuple[str, str, float]] = (),
     ) -> AuthorityDecision:
         """Begin a run; a denial is returned. ``expectations`` are (domain, action, deadline in seconds)."""
-        return await self.ask(StartRun(run_id, tenant_id, agent_id, tuple(expectations)))
+        promised_here = tuple(expectations) if isinstance(expectations, Sequence) else (expectations,)
+        return await self.ask(StartRun(run_id, tenant_id, agent_id, promised_here))
 
     async def complete_run(
         self,

@@ -32,10 +32,11 @@ class Settings:
     supervision: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
-        if self.credits < 1:
-            raise ConfigurationError(f"settings: credits {self.credits!r} must be at least 1")
+        if not isinstance(self.credits, int) or self.credits < 1:
+            raise ConfigurationError(f"settings: credits {self.credits!r} must be an integer of at least 1")
         for name in ("drain_s", "stop_s", "blocked_s"):
-            if not getattr(self, name) > 0:
+            seconds = getattr(self, name)
+            if not isinstance(seconds, (int, float)) or not seconds > 0:
                 raise ConfigurationError(
                     f"settings: {name} {getattr(self, name)!r} must be a positive number of seconds"
                 )

@@ -229,7 +229,7 @@ def depth_first(lines: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     for line in lines:
         if line["event"] in steps:
             msg = line["msg_id"]
-            places[msg] = max(places.get(msg, 0), line["seq"])
+            places[msg] = max(places.get(msg, 0), line["seq"] or 0)
             causes[msg] = line["causation_id"]
             rank = steps.index(line["event"]) * 2 + (line["actor"] != "router")
             events.setdefault(msg, []).append((rank, line["event"], line["actor"]))
