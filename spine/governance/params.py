@@ -16,6 +16,7 @@ from spine.kernel.errors import SpineError
 
 PARAMS_MOST_BYTES = 1 << 20
 DEPTH_MOST = 64
+VALUES_MOST = 100_000
 ID_MOST = 512
 MASK = "**********"
 _MASK = MASK.encode()
@@ -118,36 +119,53 @@ def accept(params: object, model: type[BaseModel] | None) -> Accepted:
 
 def _copied(params: Mapping[Any, Any]) -> dict[str, Any]:
     """Plain containers that nobody else holds; raises ``InvalidParams`` naming every key and depth that is wrong."""
-    problems: list[Problem] = []
-    values: dict[str, Any] = _private(params, "", 0, problems)
-    if problems:
-        raise _refused([*problems, *_walk(values, "", 0)])
+    copy = _Copy()
+    values: dict[str, Any] = copy.of(params, "", 0)
+    if copy.problems:
+        raise _refused([*copy.problems, *_walk(values, "", 0)])
     return values
 
 
-def _private(value: Any, path: str, depth: int, problems: list[Problem]) -> Any:
-    kind = type(value)
-    if kind is str or kind is int or kind is float or kind is bool or value is None:
+class _Copy:
+    """Copies by hand and within bounds: a value that holds itself twice, level by level, has no end otherwise."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self._left = VALUES_MOST
+
+    def of(self, value: Any, path: str, depth: int) -> Any:
+        """The value, its containers anew."""
+        kind = type(value)
+        if kind is str or kind is int or kind is float or kind is bool or value is None:
+            return value
+        if depth > DEPTH_MOST:
+            self.problems.append((path[:200] or "params", f"nested more than {DEPTH_MOST} deep", ""))
+            return None
+        if isinstance(value, Mapping):
+            return self._mapping(value, path, depth)
+        if isinstance(value, (list, tuple)):
+            self._count(len(value))
+            return [self.of(item, f"{path}[{index}]", depth + 1) for index, item in enumerate(value)]
+        if isinstance(value, BaseModel):
+            return self.of(value.model_dump(), path, depth + 1)
+        if is_dataclass(value) and not isinstance(value, type):
+            return self.of({field.name: getattr(value, field.name) for field in fields(value)}, path, depth + 1)
         return value
-    if depth > DEPTH_MOST:
-        problems.append((path[:200] or "params", f"nested more than {DEPTH_MOST} deep", ""))
-        return None
-    if isinstance(value, Mapping):
+
+    def _mapping(self, value: Mapping[Any, Any], path: str, depth: int) -> dict[str, Any]:
+        self._count(len(value))
         copy = {}
         for key, item in value.items():
             if not isinstance(key, str) or text_problem(key):
-                problems.append((path or "params", f"has the key {ascii(key)[:80]}, keys must be plain text", ""))
+                self.problems.append((path or "params", f"has the key {ascii(key)[:80]}, keys must be plain text", ""))
             else:
-                copy[key] = _private(item, f"{path}.{key}" if path else key, depth + 1, problems)
+                copy[key] = self.of(item, f"{path}.{key}" if path else key, depth + 1)
         return copy
-    if isinstance(value, (list, tuple)):
-        return [_private(item, f"{path}[{index}]", depth + 1, problems) for index, item in enumerate(value)]
-    if isinstance(value, BaseModel):
-        return _private(value.model_dump(), path, depth + 1, problems)
-    if is_dataclass(value) and not isinstance(value, type):
-        fields_of = {field.name: getattr(value, field.name) for field in fields(value)}
-        return _private(fields_of, path, depth + 1, problems)
-    return value
+
+    def _count(self, values: int) -> None:
+        self._left -= values
+        if self._left < 0:
+            raise _refused([("params", f"holds more than {VALUES_MOST} values", "")])
 
 
 def _encode(values: dict[str, Any], secrets: list[str]) -> bytes:

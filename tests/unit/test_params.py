@@ -586,3 +586,12 @@ async def test_no_secret_is_in_any_file_of_the_database(sqlite_url: str) -> None
     first = journal(sqlite_url, "decision")[0]
     assert first["masked"] == ["keys[0]", "keys[1]", "nested.pin", "raw", "token"]
     assert first["params"]["user"] == "ann"
+
+
+def test_a_value_that_holds_itself_twice_level_by_level_is_refused_soon() -> None:
+    """Forty such levels are a trillion values as JSON: they are refused by count, not walked."""
+    value: list[Any] = []
+    for _ in range(40):
+        value = [value, value]
+    with pytest.raises(InvalidParams, match="more than 100000 values"):
+        accept({"value": value}, None)
