@@ -10,10 +10,12 @@ import asyncio
 import json
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import pytest
 from spine import AuthorityDecision, OperationContext, Spine
 from spine.kernel.clock import VirtualClock
 from spine.settings import Settings
-from tests.laws.world import assert_intact, found, rows, unanswered, until
+from tests.laws.world import assert_intact, file_of, found, rows, unanswered, until
 
 pytestmark = pytest.mark.anyio
 
@@ -177,6 +179,30 @@ async def test_buffered_operations_lose_at_most_their_bounded_tail_and_say_so(
     kept = [line["decision"] in outcomes for line in allowed]
     assert kept == sorted(kept, reverse=True)
     assert any(kept)
+
+
+async def test_when_the_journal_is_slow_buffered_operations_wait_before_they_could_lose_more(sqlite_url: str) -> None:
+    """Another process holds the lock: what is told and not yet durable stays within the bound, the rest waits."""
+    spine = Spine(sqlite_url)
+
+    @spine.operation("work.buffered", durability="buffered", concurrency=1000)
+    async def handler(ctx: OperationContext) -> None:
+        pass
+
+    async with spine:
+        with closing(sqlite3.connect(file_of(sqlite_url), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            calls = [asyncio.ensure_future(spine.execute("work.buffered", tenant_id="acme")) for _ in range(900)]
+            # Whoever finds no room in the buffer waits for the commit, like any other operation.
+            await until(lambda: spine.health().mailboxes["audit"] >= 900 - BUFFERED_ROWS // 2)
+            assert sum(call.done() for call in calls) <= BUFFERED_ROWS // 2
+            assert spine.health().journal["buffered_rows"] <= BUFFERED_ROWS
+            other.execute("ROLLBACK")
+        results = await asyncio.gather(*calls)
+        assert all(result.success for result in results)
+        await spine.flush()
+    assert len(found(sqlite_url, "outcome")) == 900
+    assert_intact(sqlite_url)
 
 
 @pytest.mark.parametrize(("operation", "code"), [("die.now", "IN_DOUBT"), ("die.idempotent", None)])

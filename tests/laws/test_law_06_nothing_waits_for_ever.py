@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import anyio
 import pytest
+from structlog.testing import capture_logs
 
 from spine import AuthorityDecision, OperationContext, OperationResult, Spine
 from spine.governance.transactions import TransactionPhase
@@ -493,9 +494,12 @@ async def test_a_start_that_is_given_up_leaves_nothing_running(sqlite_url: str) 
     async with Spine(sqlite_url):
         pass
     spine = Spine(sqlite_url)
-    with locked(sqlite_url, 0.6), pytest.raises(TimeoutError):
-        await asyncio.wait_for(spine.start(), 0.2)
-    await until(lambda: ours() == [])
+    with capture_logs() as logs:
+        with locked(sqlite_url, 0.6), pytest.raises(TimeoutError):
+            await asyncio.wait_for(spine.start(), 0.2)
+        await until(lambda: ours() == [])
+    # What had started was stopped; it did not crash on what was taken away under it.
+    assert not [line for line in logs if line["event"] in ("spine.actor.crashed", "spine.failed")]
     await until(lambda: not [t for t in threading.enumerate() if t.name.startswith("spine")])
     async with Spine(sqlite_url) as again:
         assert (await again.start_run("run-1", tenant_id="acme")).allowed

@@ -15,13 +15,11 @@ from typing import Any
 
 import pytest
 
-from actors.audit import Append
 from spine import OperationContext, OperationResult, Spine
 from spine.governance.facade import CreatePolicyEvaluation
 from spine.governance.transactions import TransactionFailed
 from spine.kernel.clock import VirtualClock
 from spine.kernel.errors import ActorCrashed, SpineFailed
-from spine.kernel.messages import Envelope
 from spine.kernel.supervisor import Policy
 from spine.settings import Settings
 from tests.laws.world import (
@@ -34,6 +32,7 @@ from tests.laws.world import (
     incarnation,
     kill,
     poison,
+    recording,
     rows,
     unanswered,
     until,
@@ -229,9 +228,7 @@ async def test_what_a_crashed_audit_actor_had_taken_and_not_written_is_told_as_n
         with locked(sqlite_url):
             # The first commit holds the audit actor up; what comes next lies together in its mailbox.
             first = asyncio.ensure_future(spine.execute("work.fine", tenant_id="acme"))
-            await until(
-                lambda: any(isinstance(m.payload, Append) for m in spine._system.exchange.ledger.held_by("audit"))
-            )
+            await until(lambda: recording(spine, taken=True))
             calls = [asyncio.ensure_future(spine.execute("work.counted", tenant_id="acme")) for _ in range(5)]
             await until(lambda: spine.health().mailboxes["audit"] == 5)
             asked = poison(spine, "audit")
@@ -250,14 +247,6 @@ async def test_what_a_crashed_audit_actor_had_taken_and_not_written_is_told_as_n
     assert_intact(sqlite_url)
 
 
-def in_flight(spine: Spine) -> list[Envelope]:
-    return list(spine._system.exchange.ledger.open.values())
-
-
-def is_outcome(message: Envelope) -> bool:
-    return isinstance(message.payload, Append) and message.payload.unit.id.endswith(".outcome")
-
-
 async def test_an_outcome_that_crashed_with_the_audit_actor_is_recorded_later(sqlite_url: str) -> None:
     """The handler ran: the caller hears OUTCOME_UNRECORDED, and the outcome is in the journal soon after."""
     release = asyncio.Event()
@@ -265,14 +254,13 @@ async def test_an_outcome_that_crashed_with_the_audit_actor_is_recorded_later(sq
     async with spine:
         held = asyncio.ensure_future(spine.execute("work.hold", tenant_id="acme"))
         await until(lambda: spine.health().decisions["allowed"] == 1)
-        await until(lambda: unanswered(rows(sqlite_url)))
+        # Not only committed but answered: what the audit actor takes next is what comes next.
+        await until(lambda: unanswered(rows(sqlite_url)) and not recording(spine, taken=True))
         with locked(sqlite_url):
             blocker = asyncio.ensure_future(spine.execute("work.fine", tenant_id="acme"))
-            # The blocker's decision, not the lease that is renewed now and then.
-            held_now = spine._system.exchange.ledger.held_by
-            await until(lambda: any(isinstance(message.payload, Append) for message in held_now("audit")))
+            await until(lambda: "decision" in recording(spine, taken=True))
             release.set()
-            await until(lambda: any(is_outcome(message) and message.seq for message in in_flight(spine)))
+            await until(lambda: "outcome" in recording(spine, taken=False))
             asked = poison(spine, "audit")
             await until(lambda: asked.seq)
         result = await held
@@ -295,9 +283,7 @@ async def test_a_completion_survives_the_crash_of_the_audit_actor_in_its_commit(
     async with spine:
         with locked(sqlite_url):
             call = asyncio.ensure_future(spine.complete_run("run-1", tenant_id="acme", run_status="succeeded"))
-            await until(
-                lambda: any(isinstance(m.payload, Append) for m in spine._system.exchange.ledger.held_by("audit"))
-            )
+            await until(lambda: recording(spine, taken=True))
             incarnation("audit").cancel()
             await until(lambda: spine.health().restarts == 1)
         assert (await call).is_complete

@@ -93,6 +93,16 @@ def poison(spine: Spine, name: str) -> Envelope:
     return spine._system.exchange.post(Poison(), name, timeout_s=20, sender="poisoner")
 
 
+def recording(spine: Spine, *, taken: bool) -> list[str]:
+    """The kinds of the records that the audit actor has taken, or that still lie in its mailbox."""
+    return [
+        record.kind
+        for envelope in spine._system.exchange.ledger.open.values()
+        if envelope.recipient == "audit" and envelope.seq and (envelope.holder == "audit") is taken
+        for record in (envelope.payload.unit.records if hasattr(envelope.payload, "unit") else ())
+    ]
+
+
 async def back(spine: Spine, name: str, restarts: int = 1) -> None:
     """Return once the actor runs again."""
     await until(lambda: spine.health().restarts >= restarts and spine.health().actors[name] == "ready")

@@ -414,14 +414,17 @@ async def test_the_stop_has_one_deadline_over_all_children() -> None:
 
 
 async def test_a_child_that_is_down_when_the_stop_comes_has_its_receipt_and_is_not_started_again() -> None:
-    policy = Policy(backoff_first_s=0.2, backoff_most_s=0.2)
-    async with kernel(actor("a"), actor("b"), policy=policy) as built:
+    """Its backoff ends while another child is still being stopped."""
+    policy = Policy(backoff_first_s=0.1, backoff_most_s=0.1)
+    async with kernel(
+        actor("a"),
+        actor("slow", Stubborn),
+        policy=policy,
+        specs=lambda name, start: ChildSpec(name, start, shutdown_s=0.5),
+    ) as built:
         crash(built, "a")
         await until(lambda: built.supervisor.states()["a"] == "stopped")
-        receipts = await stop(built)
-        assert [child for child, _ in named(receipts)] == ["b", "a", "router"]
-        # Longer than its backoff.
-        await anyio.sleep(0.35)
+        assert named(await stop(built)) == [("slow", "forced"), ("a", "clean"), ("router", "clean")]
         assert built.log.count("a starts") == 1
 
 
@@ -445,8 +448,9 @@ async def test_a_stop_while_a_child_is_starting_again_keeps_its_deadline() -> No
 
 
 async def test_a_second_stop_gives_the_same_receipts() -> None:
-    async with kernel() as built:
-        first = await stop(built)
+    async with kernel(Stubborn, specs=lambda name, start: ChildSpec(name, start, shutdown_s=0.05)) as built:
+        first = list(await stop(built))
+        assert named(first) == [("worker", "forced"), ("router", "clean")]
         assert await built.supervisor.stop(1) == first
 
 
