@@ -1,69 +1,83 @@
-"""A completion as data: planned by its domains, turned into the records of a commit or of an abort; pure."""
+"""A completion as data: the run's request, one step for each domain, and how far each has come; nothing waits here."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import UUID, uuid5
 
-from actors.records import ack, flat_text, text
-from spine.domains import BuiltIn, Participant, Refused, Row, RunFacts, action_of, effect_id
-from spine.governance.authority import AuthorityDecision, GovernanceState, flat
-from spine.governance.contract import FINALIZE
+import orjson
+
+from actors.records import recordable, text
+from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, effect_id
 from spine.governance.transactions import (
     CompleteRun,
     DomainClass,
-    DomainResult,
     StepState,
-    TransactionPhase,
-    TransactionResult,
     TxState,
-    moment,
     move_step,
-    move_tx,
-    phase_reached,
 )
 from spine.governance.units import Record, Write
-from spine.kernel.errors import describe
-from spine.publisher import Event
+from spine.kernel.errors import ConfigurationError, SpineError, describe
 
 
 @dataclass(slots=True)
 class Step:
-    """One domain's part of the transaction."""
+    """One domain's part of the transaction; ``domain`` is ``None`` when this process does not know it."""
 
     n: int
-    domain: Participant
+    name: str
+    cls: DomainClass
+    action: str
+    after: tuple[str, ...]
     effect_id: str
+    domain: Participant | None
     state: StepState = StepState.PLANNED
     rows: tuple[Row, ...] = ()
     writes: tuple[Write, ...] = ()
+    descriptor: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] | None = None
     code: str | None = None
     error: str | None = None
 
     @property
+    def external(self) -> bool:
+        """Whether it acts outside the journal's database before the commit."""
+        return self.cls is DomainClass.EXTERNAL
+
+    @property
     def result_id(self) -> str | None:
-        """The id of what the domain wrote."""
+        """The id of what the domain wrote or did: what it returned as ``id``, else the effect's own."""
+        if self.result is not None:
+            given = self.result.get("id")
+            return given if isinstance(given, str) and given else self.effect_id
         return self.effect_id if self.state is StepState.DONE else None
 
 
 @dataclass(slots=True)
 class Plan:
-    """A transaction before it is written; ``failed`` is the step that refused or raised."""
+    """A transaction as its driver knows it; ``failed`` is the step that refused or failed, ``code`` and ``error`` how.
+
+    ``flags`` are the four authority fields it was accepted under, ``epoch`` the fencing token it is driven with.
+    """
 
     request: CompleteRun
     tx_id: str
     attempt: int
     previous: str | None
     digest: str
-    decision: AuthorityDecision
-    governance: GovernanceState
+    flags: Mapping[str, Any]
+    governance_epoch: int
     at: int
     instance: str
     steps: list[Step]
+    epoch: int = 1
+    state: TxState = TxState.EXECUTING
+    counts: tuple[int, int, int] = (0, 0, 0)
     failed: Step | None = None
+    code: str | None = None
+    error: str | None = None
     cause: BaseException | None = None
     duration_ms: int = 0
     start: list[Record] = field(default_factory=list)
@@ -73,27 +87,127 @@ class Plan:
         """Every statement of the users' domains, in order."""
         return [write for step in self.steps for write in step.writes]
 
+    @property
+    def external(self) -> bool:
+        """Whether a domain takes part that must be undone if the completion does not commit."""
+        return any(step.external for step in self.steps)
 
-def carry_out(plan: Plan, facts: RunFacts) -> None:
-    """Ask every domain for its part, in order, until one refuses or raises."""
+    def before_commit(self) -> list[Step]:
+        """The steps that the commit waits for."""
+        return [step for step in self.steps if step.cls is not DomainClass.POST]
+
+    def facts(self, step: Step) -> RunFacts:
+        """What the step's domain may know."""
+        request = self.request
+        return RunFacts(
+            run_id=request.run_id,
+            tenant_id=request.tenant_id,
+            run_status=request.run_status,
+            tx_id=self.tx_id,
+            completed_at=self.at,
+            effect_id=step.effect_id,
+            agent_id=request.agent_id,
+            error_code=request.error_code,
+            error_message=request.error_message,
+            trace_id=request.trace_id,
+            is_synthetic=request.is_synthetic,
+            synthetic_scenario_id=request.synthetic_scenario_id,
+            completion_key=request.completion_key,
+            operations=self.counts[0],
+            operations_denied=self.counts[1],
+            operations_failed=self.counts[2],
+            results={other.name: other.result for other in self.steps[: step.n] if other.result is not None},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A participant as every plan needs it, looked at once."""
+
+    name: str
+    cls: DomainClass
+    action: str
+    after: tuple[str, ...]
+    domain: Participant
+
+
+def parts_of(participants: Sequence[Participant]) -> tuple[Part, ...]:
+    """The participants in their order."""
+    return tuple(Part(d.name, class_of(d), action_of(d), tuple(d.after), d) for d in participants)
+
+
+def steps_of(parts: Sequence[Part], tx_id: str) -> list[Step]:
+    """The steps of a new transaction."""
+    return [
+        Step(n, part.name, part.cls, part.action, part.after, effect_id(tx_id, part.name), part.domain)
+        for n, part in enumerate(parts)
+    ]
+
+
+def contract_step(plan: Plan) -> Step:
+    """What stands for the run's contract where a domain would be named."""
+    return Step(len(plan.steps), "contract", DomainClass.LOCAL, "reconcile", (), plan.tx_id, None)
+
+
+def unmet(plan: Plan, reason: str) -> None:
+    """Refuse the commit of a run that is bound to its contract."""
+    fail(plan, contract_step(plan), StepState.REFUSED, "CONTRACT_UNMET", reason, None)
+
+
+def carry_out(plan: Plan) -> None:
+    """Ask every domain for its part in the commit, in order, until one refuses or raises."""
     for step in plan.steps:
+        prepare(plan, step)
+        if plan.failed is not None:
+            return
+
+
+def prepare(plan: Plan, step: Step) -> None:
+    """Have a LOCAL step planned, or a POST step described; what it raises is the completion's failure."""
+    if step.cls is DomainClass.LOCAL:
         step.state = move_step(step.state, StepState.INTENT, TxState.EXECUTING)
-        try:
-            _ask(step, facts.seen_by(step.domain.name))
-        except Refused as refusal:
-            fail(plan, step, StepState.REFUSED, str(refusal.code), str(refusal.reason), refusal)
-            return
-        except BaseException as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
-            fail(plan, step, StepState.UNKNOWN, type(error).__name__, describe(error), error)
-            return
-        step.state = move_step(step.state, StepState.DONE, TxState.EXECUTING)
+    try:
+        if step.cls is DomainClass.LOCAL:
+            _ask(step, plan.facts(step))
+            step.state = move_step(step.state, StepState.DONE, TxState.EXECUTING)
+        else:
+            step.descriptor = described(plan, step)
+    except BaseException as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
+        fail_with(plan, step, error)
+
+
+def described(plan: Plan, step: Step) -> Mapping[str, Any]:
+    """What the step's effect is described by, as plain JSON; raises what the domain raises, TypeError or ValueError."""
+    facts = plan.facts(step)
+    describe_it = getattr(step.domain, "describe", None)
+    given = facts.descriptor() if describe_it is None else describe_it(facts)
+    return as_json(given, f"domain {step.name!r} described its effect by {type(given).__name__}, which")
+
+
+def as_json(given: object, what: str) -> Mapping[str, Any]:
+    """A mapping as the journal will hold it; raises TypeError or ValueError that begin with ``what``."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} is not a mapping")
+    try:
+        found: dict[str, Any] = orjson.loads(recordable(given))
+    except ValueError as error:
+        raise ValueError(f"{what} {error}") from error
+    return found
+
+
+def fail_with(plan: Plan, step: Step, error: BaseException) -> None:
+    """Mark the step whose domain raised: a business no, or a failure."""
+    if isinstance(error, Refused):
+        fail(plan, step, StepState.REFUSED, str(error.code), str(error.reason), error)
+    else:
+        fail(plan, step, StepState.UNKNOWN, type(error).__name__, describe(error), error)
 
 
 def fail(plan: Plan, step: Step, state: StepState, code: str, error: str, cause: BaseException | None) -> None:
-    """Mark the step that failed; what the others planned was never written."""
+    """Mark the step that failed; what LOCAL domains planned was never written."""
     if step.state is StepState.INTENT:
         step.state = move_step(step.state, state, TxState.EXECUTING)
-    step.code, step.error = text(code), text(error)
+    step.code, step.error = plan.code, plan.error = text(code), text(error)
     plan.failed, plan.cause = step, cause
 
 
@@ -102,207 +216,28 @@ def _ask(step: Step, facts: RunFacts) -> None:
     if isinstance(domain, BuiltIn):
         step.rows = domain.rows(facts)
         return
+    if not isinstance(domain, Local):
+        raise ConfigurationError(f"domain {step.name!r} is not declared here: declare it, or complete the run again")
     planned: object = domain.plan(facts)
     if inspect.iscoroutine(planned):
         planned.close()
     if not isinstance(planned, Sequence):
-        raise TypeError(f"domain {domain.name!r} planned {type(planned).__name__}: plan(run) must return Write objects")
+        raise TypeError(f"domain {step.name!r} planned {type(planned).__name__}: plan(run) must return Write objects")
     writes = tuple(planned)
     for write in writes:
         if not isinstance(write, Write):
-            raise TypeError(
-                f"domain {domain.name!r} planned {type(write).__name__}: plan(run) must return Write objects"
-            )
+            raise TypeError(f"domain {step.name!r} planned {type(write).__name__}: plan(run) must return Write objects")
     step.writes = writes
 
 
-def steps_of(participants: Sequence[Participant], tx_id: str) -> list[Step]:
-    """The steps of a new transaction."""
-    return [Step(n, domain, effect_id(tx_id, domain.name)) for n, domain in enumerate(participants)]
-
-
-def committed(plan: Plan) -> tuple[list[Record], list[Event], TransactionResult]:
-    """The records of the commit, its events, and the result."""
-    move_tx(TxState.EXECUTING, TxState.COMMITTED, [step.state for step in plan.steps])
-    request = plan.request
-    result = _result(plan, TransactionPhase.COMMITTED)
-    events = [] if request.skip_events else [_completed_event(plan)]
-    rows = [*plan.start, _begun(plan)]
-    rows += [_step(plan, step) for step in plan.steps]
-    rows += [_ack(plan, step.domain.name, action_of(step.domain), "SUCCESS", step.result_id) for step in plan.steps]
-    rows += [_event(plan, event) for event in events]
-    rows.append(
-        Record(
-            "tx.committed",
-            plan.at,
-            {
-                **_identity(plan),
-                "run_status": request.run_status,
-                "phase": TransactionPhase.COMMITTED.value,
-                "result": result.to_dict(),
-            },
-        )
-    )
-    rows.append(_ack(plan, *FINALIZE, "SUCCESS", plan.tx_id))
-    return rows, events, result
-
-
-def aborted(plan: Plan) -> tuple[list[Record], TransactionResult]:
-    """The records of a completion that one domain ended; nothing else of it is written."""
-    failed = plan.failed
-    assert failed is not None
-    reached = phase_reached(step.domain.name for step in plan.steps[: failed.n])
-    results = [_domain_result(plan, step) for step in plan.steps]
-    state = move_tx(TxState.EXECUTING, TxState.COMPENSATING, [step.state for step in plan.steps])
+def guard_failed(plan: Plan, guard: str, found: int, required: int) -> None:
+    """A user's write did not change what it must: fail the domain it belongs to."""
+    number = int(guard.removeprefix("write ").partition(":")[0])
     for step in plan.steps:
-        if step.state is StepState.DONE:
-            step.state = StepState.PLANNED
-        elif step.state is not StepState.PLANNED:
-            step.state = move_step(step.state, StepState.RB_INTENT, state)
-            step.state = move_step(step.state, StepState.ROLLED_BACK, state)
-    state = move_tx(state, TxState.ABORTED, [step.state for step in plan.steps])
-    result = _result(plan, TransactionPhase.ROLLED_BACK, results)
-    rows = [*plan.start, _begun(plan)]
-    rows += [_step(plan, step) for step in plan.steps]
-    rows.append(_ack(plan, failed.domain.name, action_of(failed.domain), "FAILED", None, failed.error))
-    rows.append(
-        Record(
-            "tx.aborted",
-            plan.at,
-            {
-                **_identity(plan),
-                "state": state.value,
-                "phase": reached.value,
-                "failed_domain": failed.domain.name,
-                "code": failed.code,
-                "error": failed.error,
-                "result": result.to_dict(),
-            },
-        )
-    )
-    rows.append(_ack(plan, *FINALIZE, "FAILED", plan.tx_id, failed.error))
-    return rows, result
-
-
-def _identity(plan: Plan) -> dict[str, Any]:
-    return {"tx_id": plan.tx_id, "run_id": plan.request.run_id, "tenant_id": plan.request.tenant_id}
-
-
-def _begun(plan: Plan) -> Record:
-    request = plan.request
-    return Record(
-        "tx.begun",
-        plan.at,
-        {
-            **_identity(plan),
-            "agent_id": request.agent_id,
-            "completion_key": request.completion_key,
-            "digest": plan.digest,
-            "attempt": plan.attempt,
-            "previous": plan.previous,
-            "run_status": request.run_status,
-            "error_code": request.error_code,
-            "error_message": text(request.error_message),
-            "domains": [
-                {"n": step.n, "name": step.domain.name, "class": DomainClass.LOCAL.value} for step in plan.steps
-            ],
-            "epoch": plan.governance.epoch,
-            "instance": plan.instance,
-            "trace_id": request.trace_id,
-            "is_synthetic": request.is_synthetic,
-            "synthetic_scenario_id": request.synthetic_scenario_id,
-            **flat_text(plan.decision, plan.governance),
-        },
-    )
-
-
-def _step(plan: Plan, step: Step) -> Record:
-    written = step.state is StepState.DONE
-    return Record(
-        "tx.step",
-        plan.at,
-        {
-            **_identity(plan),
-            "n": step.n,
-            "domain": step.domain.name,
-            "class": DomainClass.LOCAL.value,
-            "state": step.state.value,
-            "effect_id": step.effect_id,
-            "result_id": step.result_id,
-            "error": step.error,
-            "code": step.code,
-            "rows": [row.to_dict() for row in step.rows] if written else [],
-        },
-    )
-
-
-def _ack(plan: Plan, domain: str, action: str, status: str, result_id: str | None, error: str | None = None) -> Record:
-    request = plan.request
-    return ack(
-        request.run_id,
-        request.tenant_id,
-        domain,
-        action,
-        at=plan.at,
-        tx_id=plan.tx_id,
-        result_id=result_id,
-        status=status,
-        error=error,
-    )
-
-
-def _completed_event(plan: Plan) -> Event:
-    request = plan.request
-    payload = {
-        "run_status": request.run_status,
-        "agent_id": request.agent_id,
-        "error_code": request.error_code,
-        "trace_id": request.trace_id,
-        "is_synthetic": request.is_synthetic,
-        "completed_at": plan.at,
-        **flat(plan.decision, plan.governance),
-    }
-    event_id = str(uuid5(UUID(plan.tx_id), "event:0"))
-    return Event(event_id, plan.tx_id, request.run_id, request.tenant_id, 0, "run.completed", payload, plan.instance)
-
-
-def _event(plan: Plan, event: Event) -> Record:
-    return Record(
-        "event",
-        plan.at,
-        {
-            **_identity(plan),
-            "event_id": event.event_id,
-            "n": event.n,
-            "type": event.type,
-            "instance": event.instance,
-            "payload": dict(event.payload),
-        },
-    )
-
-
-def _domain_result(plan: Plan, step: Step) -> DomainResult:
-    return DomainResult(
-        step.domain.name,
-        action_of(step.domain),
-        step.result_id,
-        step.state is StepState.DONE and plan.failed is None,
-        step.error,
-        moment(plan.at),
-        step.code,
-        step.state.value,
-    )
-
-
-def _result(plan: Plan, phase: TransactionPhase, domains: Sequence[DomainResult] | None = None) -> TransactionResult:
-    request = plan.request
-    return TransactionResult.of(
-        request.run_id,
-        domains or [_domain_result(plan, step) for step in plan.steps],
-        phase=phase,
-        transaction_id=plan.tx_id,
-        tenant_id=request.tenant_id,
-        run_status=request.run_status,
-        duration_ms=plan.duration_ms,
-        metadata=flat_text(plan.decision, plan.governance),
-    )
+        if number < len(step.writes):
+            error = f"its write changed {found} rows where {required} are required ({guard})"
+            step.state = StepState.INTENT
+            fail(plan, step, StepState.REFUSED, "WRITE_GUARD", error, None)
+            return
+        number -= len(step.writes)
+    raise SpineError(f"transaction {plan.tx_id}: {guard} belongs to no domain")

@@ -1,16 +1,21 @@
-"""The outbox: hands committed events to the publisher, at least once, in order within a run, until they are taken."""
+"""The outbox: hands what is committed to the publisher and the POST domains, at least once, in order within a run."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import anyio
 
 from actors.recorder import Recorder
+from actors.records import ack
+from spine.effects import Effect, Post, timeout_of
+from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint, of_call
 from spine.governance.units import Committed, Record
 from spine.kernel.errors import JournalError, Overloaded
 from spine.kernel.exchange import Exchange
@@ -18,13 +23,15 @@ from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
 from spine.kernel.tasks import Tasks
-from spine.publisher import Event, Publisher
+from spine.publisher import POST, Event, Publisher
 
 PUBLISH_S = 10.0
 QUEUED_MOST = 10_000
 DELIVERIES = 64
 LINES_MOST = 1024
 RELOAD_S = 5.0
+# After so many failed tries a delivery is told as stuck; it is tried on.
+STUCK_ATTEMPTS = 5
 
 
 class PendingEvents(Protocol):
@@ -44,6 +51,7 @@ class _Delivery:
     events: list[Event]
     first_try: asyncio.Future[bool]
     cause: Envelope | None
+    stuck: bool = False
 
 
 @dataclass(slots=True)
@@ -64,6 +72,9 @@ class Outbox:
         source: PendingEvents,
         publisher: Publisher,
         *,
+        posts: Mapping[str, Post],
+        redeliver: bool,
+        failpoint: Failpoint,
         instance: str,
         counts: dict[str, int],
     ) -> None:
@@ -72,6 +83,9 @@ class Outbox:
         self._recorder = recorder
         self._source = source
         self._publisher = publisher
+        self._posts = posts
+        self._redeliver = redeliver
+        self._failpoint = failpoint
         self._instance = instance
         self._counts = counts
         # Of its own, so that a dead publisher holds up no completion.
@@ -131,12 +145,23 @@ class Outbox:
                 pending = []
             runs: dict[str, list[Event]] = {}
             for body in pending:
-                if body["event_id"] not in self._delivered and body.get("instance") not in others:
+                if body["event_id"] not in self._delivered:
                     runs.setdefault(body["run_id"], []).append(event_of(body))
-            for events in runs.values():
-                if events[0].run_id not in self._lines:
-                    self.deliver(events)
+            for run_id, events in runs.items():
+                # In order: what somebody else must deliver holds up what comes after it.
+                ours = list(itertools.takewhile(partial(self._takes, others), events))
+                if ours and run_id not in self._lines:
+                    for event in ours:
+                        self.deliver([event])
             await clock.sleep_until(clock.monotonic() + RELOAD_S)
+
+    def _takes(self, others: Container[str], event: Event) -> bool:
+        """Whether this Spine delivers it: no living one will, and it has the domain, or a publisher of its own."""
+        if event.instance in others:
+            return False
+        if event.type.startswith(POST):
+            return event.type.removeprefix(POST) in self._posts
+        return self._redeliver
 
     async def _serve(self, run_id: str, line: _Line) -> None:
         try:
@@ -154,17 +179,26 @@ class Outbox:
                     delivery.first_try.set_result(False)
 
     async def _deliver(self, delivery: _Delivery) -> None:
+        try:
+            await self._deliver_all(delivery)
+        finally:
+            self._counts["events_stuck"] -= delivery.stuck
+
+    async def _deliver_all(self, delivery: _Delivery) -> None:
         attempt = 0
         left = list(delivery.events)
         clock = self._exchange.clock
         while left:
             attempt += 1
             async with self._gate:
-                error = await self._publish(left[0])
+                error = await self._publish(left[0], attempt)
             if error is None:
                 left.pop(0)
                 continue
             self._counts["events_failed"] += 1
+            if attempt >= STUCK_ATTEMPTS and not delivery.stuck:
+                delivery.stuck = True
+                self._counts["events_stuck"] += 1
             if not delivery.first_try.done():
                 delivery.first_try.set_result(False)
             event = left[0]
@@ -174,6 +208,7 @@ class Outbox:
             delay = backoff(attempt, first_s=0.1, most_s=30.0, jitter=self._ids.uniform(0.0, 0.25))
             await clock.sleep_until(clock.monotonic() + delay)
         self._counts["events_published"] += len(delivery.events)
+        await self._failpoint(f"{PUBLISHED}.before")
         first = delivery.events[0]
         done = Record(
             "event.published",
@@ -187,17 +222,53 @@ class Outbox:
             },
         )
         # Who is told that its events are published finds that in the journal.
-        recorded = await self._recorder.commit([done], run_id=first.run_id, parent=delivery.cause)
+        rows = [done, *(self._ack(event) for event in delivery.events if event.type.startswith(POST))]
+        recorded = await self._recorder.commit(rows, run_id=first.run_id, parent=delivery.cause)
+        await self._failpoint(f"{PUBLISHED}.after")
         if not delivery.first_try.done():
             delivery.first_try.set_result(isinstance(recorded, Committed))
 
-    async def _publish(self, event: Event) -> Exception | None:
+    async def _publish(self, event: Event, attempt: int) -> Exception | None:
+        moment = of_call("post") if event.type.startswith(POST) else PUBLISH
+        await self._failpoint(f"{moment}.before")
         try:
-            with anyio.fail_after(PUBLISH_S):
-                await self._publisher.publish(event)
-        except Exception as error:  # noqa: BLE001  a publisher is foreign code: its failure is logged and tried again
+            if event.type.startswith(POST):
+                await self._post(event, attempt)
+            else:
+                with anyio.fail_after(PUBLISH_S):
+                    await self._publisher.publish(event)
+        except Exception as error:  # noqa: BLE001  foreign code: its failure is logged and tried again
             return error
+        await self._failpoint(f"{moment}.after")
         return None
+
+    async def _post(self, event: Event, attempt: int) -> None:
+        domain = self._posts[event.type.removeprefix(POST)]
+        seconds = timeout_of(domain)
+        deadline = self._exchange.clock.monotonic() + seconds
+        effect = Effect(
+            event.event_id,
+            event.tx_id,
+            event.run_id,
+            event.tenant_id,
+            event.epoch,
+            attempt,
+            deadline,
+            event.payload["descriptor"],
+        )
+        with anyio.fail_after(seconds):
+            await domain.post(effect)
+
+    def _ack(self, event: Event) -> Record:
+        return ack(
+            event.run_id,
+            event.tenant_id,
+            event.type.removeprefix(POST),
+            event.payload["action"],
+            at=self._exchange.clock.time_us(),
+            tx_id=event.tx_id,
+            result_id=event.event_id,
+        )
 
 
 def event_of(body: Mapping[str, Any]) -> Event:
@@ -211,4 +282,5 @@ def event_of(body: Mapping[str, Any]) -> Event:
         body["type"],
         body["payload"],
         body.get("instance", ""),
+        body["epoch"],
     )

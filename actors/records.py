@@ -255,18 +255,25 @@ def flat_text(decision: AuthorityDecision, state: GovernanceState) -> dict[str, 
     return fields
 
 
+def recordable(data: Mapping[str, Any]) -> bytes:
+    """A mapping as the JSON under which it is recorded; raises ValueError saying why it cannot be."""
+    try:
+        encoded = orjson.dumps(detached(data), default=plain)
+    except (InvalidParams, TypeError) as error:
+        raise ValueError(f"is not JSON ({error})") from error
+    if len(encoded) > PARAMS_MOST_BYTES:
+        raise ValueError(f"is {len(encoded)} bytes as JSON, at most {PARAMS_MOST_BYTES} are kept")
+    return encoded
+
+
 def storable(name: str, result: OperationResult, scrub: Callable[[str], str]) -> OperationResult:
     """The result of a keyed call, which must be given again from the record: its data as plain JSON, or a failure."""
     if not result.data:
         return result
     try:
-        encoded = orjson.dumps(detached(result.data), default=plain)
-        if len(encoded) <= PARAMS_MOST_BYTES:
-            return replace(result, data=orjson.loads(scrub(encoded.decode())))
-        problem = f"is {len(encoded)} bytes as JSON, at most {PARAMS_MOST_BYTES} are kept"
-    except (InvalidParams, TypeError) as error:
-        problem = f"is not JSON ({error})"
-    return OperationResult.fail(
-        f"the handler of {name!r} ended, but its result {problem}: under an idempotency key it must be kept",
-        "HANDLER_EXCEPTION:TypeError",
-    )
+        return replace(result, data=orjson.loads(scrub(recordable(result.data).decode())))
+    except ValueError as problem:
+        return OperationResult.fail(
+            f"the handler of {name!r} ended, but its result {problem}: under an idempotency key it must be kept",
+            "HANDLER_EXCEPTION:TypeError",
+        )

@@ -126,7 +126,7 @@ class Declarations:
         named += [
             (getattr(other, method).__func__, f"{type(other).__name__}.{method}")
             for other in others
-            for method in ("plan", "publish")
+            for method in ("plan", "describe", "forward", "rollback", "status", "post", "publish")
             if hasattr(getattr(other, method, None), "__func__")
         ]
         found = {}

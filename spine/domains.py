@@ -1,16 +1,17 @@
-"""The participants of a run's completion: the built-in LOCAL domains, and what a user's own must look like."""
+"""The participants of a run's completion: the built-in LOCAL domains, and what a user's own LOCAL ones look like."""
 
 from __future__ import annotations
 
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol, cast, runtime_checkable
 from uuid import UUID, uuid5
 
 import orjson
 
+from spine.effects import External, Post, external_class
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.transactions import DomainClass, TransactionPhase, plan_order
 from spine.governance.units import Write
@@ -37,7 +38,8 @@ class RunFacts:
     """What a domain may know of the completion it takes part in.
 
     ``completed_at`` is in unix microseconds; ``effect_id`` is the id a domain gives to what it writes: the same each
-    time the same transaction is planned. The counts are of the run's operations as recorded.
+    time the same transaction is planned. The counts are of the run's operations as recorded; ``results`` holds what the
+    EXTERNAL domains before this one returned, by name.
     """
 
     run_id: str
@@ -56,10 +58,22 @@ class RunFacts:
     operations: int = 0
     operations_denied: int = 0
     operations_failed: int = 0
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def seen_by(self, domain: str) -> RunFacts:
         """The same facts with the ``effect_id`` of ``domain``. Raises ValueError when ``tx_id`` is not a UUID."""
         return replace(self, effect_id=effect_id(self.tx_id, domain))
+
+    def descriptor(self) -> dict[str, Any]:
+        """What an effect is described by when its domain does not say it better."""
+        return {
+            name: getattr(self, name)
+            for name in (
+                "run_status", "agent_id", "error_code", "error_message", "trace_id", "is_synthetic",
+                "synthetic_scenario_id", "completion_key", "completed_at", "operations", "operations_denied",
+                "operations_failed",
+            )
+        }  # fmt: skip
 
 
 def effect_id(tx_id: str, domain: str) -> str:
@@ -295,7 +309,7 @@ POLICIES: Final = BuiltIn("policies", "evaluate_policy", ("incidents",), Transac
 TRACES: Final = BuiltIn("traces", "complete_trace", ("policies",), TransactionPhase.TRACE_COMPLETED, trace_row)
 BUILT_INS: Final = (INCIDENTS, POLICIES, TRACES)
 
-Participant = BuiltIn | Local
+Participant = BuiltIn | Local | External | Post
 
 
 def action_of(domain: Participant) -> str:
@@ -318,10 +332,14 @@ def class_of(domain: object) -> DomainClass:
         raise ConfigurationError(
             f"{label}: plan(run) is async, but a plan is made without waiting: make it a plain def"
         )
+    outside = external_class(domain, label)
+    if outside is not None:
+        return outside
     if isinstance(domain, BuiltIn) or callable(getattr(domain, "plan", None)):
         return DomainClass.LOCAL
     raise ConfigurationError(
-        f"{label} ({type(domain).__name__}) cannot take part in a completion: it has no plan(run) that returns writes"
+        f"{label} ({type(domain).__name__}) cannot take part in a completion: it has neither plan(run) that returns "
+        "writes (LOCAL), nor async forward(effect) and rollback(effect) (EXTERNAL), nor async post(effect) (POST)"
     )
 
 
@@ -332,6 +350,4 @@ def participants(domains: Sequence[object]) -> tuple[Participant, ...]:
     """
     for domain in domains:
         class_of(domain)
-    own: list[Participant] = [*BUILT_INS]
-    own.extend(domain for domain in domains if isinstance(domain, (BuiltIn, Local)))
-    return plan_order(own)
+    return plan_order([*BUILT_INS, *cast("Sequence[Participant]", domains)])

@@ -1,18 +1,19 @@
-"""What an operator may switch: bypass, degrade, halt, restore; each is journaled before it acts, in every process."""
+"""What an operator may do: switch the authority, and move parked transactions on; each is journaled before it acts."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from spine.governance.authority import BYPASS_DEFAULT_S, GovernanceMode, GovernanceState
 from spine.governance.operations import SwitchGovernance
+from spine.governance.parking import ResolveTransaction, RetryTransaction
 from spine.kernel.messages import Request
 
 T = TypeVar("T")
 
 
 class Operating:
-    """The four switches, sent through the spine mailbox like everything else.
+    """The operator's messages, sent through the spine mailbox like everything else.
 
     Each raises ``ConfigurationError`` for an empty reason or actor, and ``JournalUnavailable`` when not recorded:
     then it does not act.
@@ -37,3 +38,11 @@ class Operating:
     async def restore(self, *, reason: str, actor: str) -> GovernanceState:
         """Govern normally again; after a bypass the state lists what would have been denied."""
         return await self.ask(SwitchGovernance(GovernanceMode.ACTIVE, reason, actor))
+
+    async def resolve(self, tx_id: str, *, evidence: str, reason: str, actor: str) -> dict[str, Any]:
+        """End a parked transaction that was undone by hand; what it is then, and its domains."""
+        return await self.ask(ResolveTransaction(tx_id, evidence, reason, actor))
+
+    async def retry(self, tx_id: str, *, reason: str, actor: str) -> dict[str, Any]:
+        """Have a parked transaction's rollbacks tried again, by whichever Spine declares its domains."""
+        return await self.ask(RetryTransaction(tx_id, reason, actor))

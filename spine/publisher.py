@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import structlog
+
+# How the outbox names what a POST domain is to do; its name follows.
+POST: Final = "post:"
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """An event of a committed transaction; ``event_id`` is the same at every delivery: receivers drop repeats by it.
 
-    ``instance`` is the Spine that committed it, and that delivers it as long as it lives.
+    ``instance`` is the Spine that committed it, and that delivers it as long as it lives, ``epoch`` its fencing token.
     """
 
     event_id: str
@@ -24,6 +27,7 @@ class Event:
     type: str
     payload: Mapping[str, Any]
     instance: str = ""
+    epoch: int = 1
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from spine.governance.operations import (
     SwitchGovernance,
     ungoverned,
 )
+from spine.governance.parking import ResolveTransaction, RetryTransaction
 from spine.governance.transactions import CompleteRun, TransactionFailed, TransactionPhase
 from spine.kernel.errors import DeadlineExceeded, JournalError, MailboxClosed, Overloaded, SpineError
 from spine.kernel.messages import Envelope, Request
@@ -37,6 +38,8 @@ RECIPIENTS: Mapping[type, str] = {
     CompleteRun: "coordinator",
     CreatePolicyEvaluation: "coordinator",
     EmitLesson: "coordinator",
+    ResolveTransaction: "coordinator",
+    RetryTransaction: "coordinator",
 }
 
 

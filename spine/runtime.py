@@ -388,7 +388,14 @@ class _System:
             calls_most=2 * settings.credits + 64,
         )
         completions = Completions(
-            deps, reader, parts, spine._publisher, Recorder(exchange, ids, coordinator.NAME), spine._redeliver
+            deps,
+            reader,
+            parts,
+            spine._publisher,
+            Recorder(exchange, ids, coordinator.NAME),
+            spine._redeliver,
+            settings.retry,
+            settings.failpoint,
         )
         children = [
             ChildSpec(audit.NAME, lambda: Audit(exchange, writer, reader, progress)),
@@ -416,7 +423,7 @@ class _System:
             Gauges(
                 governance=lambda: deps.switch.state.to_dict(),  # noqa: PLW0108  the state of then, not of now
                 decisions=lambda: asdict(deps.counts) | {"interrupted": deps.recovery.interrupted},
-                transactions=lambda: dict(completions.counts),
+                transactions=completions.to_dict,
                 journal=lambda: progress.to_dict() | deps.to_dict(),
             ),
         )

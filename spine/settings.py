@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from spine.governance.failpoints import Failpoint, pass_by
 from spine.kernel.clock import Clock, SystemClock
 from spine.kernel.errors import ConfigurationError
 from spine.kernel.supervisor import Policy
@@ -14,12 +15,32 @@ DEFAULT_URL = "sqlite+aiosqlite:///spine.db"
 
 
 @dataclass(frozen=True, slots=True)
+class Retry:
+    """How a call to a domain outside is repeated: ``attempts`` times in all (a rollback; then it is parked), waiting
+    ``first_s`` seconds and twice as long each time, at most ``most_s``.
+    """
+
+    attempts: int = 5
+    first_s: float = 0.1
+    most_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attempts, int) or self.attempts < 1:
+            raise ConfigurationError(f"retry: attempts {self.attempts!r} must be an integer of at least 1")
+        for name in ("first_s", "most_s"):
+            seconds = getattr(self, name)
+            if not isinstance(seconds, (int, float)) or not seconds >= 0:
+                raise ConfigurationError(f"retry: {name} {seconds!r} must be a number of seconds, 0 or more")
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Limits and ports of one Spine.
 
     ``credits`` calls are admitted at a time (>= 1). Stopping drains for ``drain_s`` seconds and ends within ``stop_s``.
     A loop that stands still longer than ``blocked_s`` seconds is reported. ``clock`` and ``seed`` make a Spine
-    repeatable; ``trace`` is the level of the message log, ``None`` for SPINE_TRACE or ``off``.
+    repeatable; ``trace`` is the level of the message log, ``None`` for SPINE_TRACE or ``off``. ``retry`` is for the
+    rollbacks of domains outside; ``failpoint`` hears of every moment in ``spine.governance.failpoints``, for tests.
     """
 
     credits: int = 4096
@@ -30,6 +51,8 @@ class Settings:
     clock: Clock = field(default_factory=SystemClock)
     seed: int | None = None
     supervision: Policy = field(default_factory=Policy)
+    retry: Retry = field(default_factory=Retry)
+    failpoint: Failpoint = pass_by
 
     def __post_init__(self) -> None:
         if not isinstance(self.credits, int) or self.credits < 1:

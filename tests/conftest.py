@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ import spine
 PACKAGES = Path(next(iter(spine.__path__))).parent
 POSTGRESQL_URL = os.environ.get("SPINE_TEST_POSTGRESQL_URL", "postgresql+psycopg://root@127.0.0.1:5432/test")
 REQUIRED = frozenset(filter(None, os.environ.get("SPINE_TEST_REQUIRE", "").replace(",", " ").split()))
+
+
+def pytest_configure() -> None:
+    """Ctrl-C reaches the subprocesses under test even when the tests were started in a shell's background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

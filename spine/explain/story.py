@@ -9,6 +9,15 @@ from typing import Any, Protocol
 COMMITTED = "COMMITTED"
 PARKED = "PARKED"
 ABORTED_STATES = ("ABORTED", "ABORTED_MANUAL")
+# The state in which the record of a move leaves a transaction.
+_MOVED_TO = {
+    "tx.committed": COMMITTED,
+    "tx.aborting": "COMPENSATING",
+    "tx.aborted": "ABORTED",
+    "tx.parked": PARKED,
+    "tx.retried": "COMPENSATING",
+    "tx.resolved": "ABORTED_MANUAL",
+}
 
 
 class JournalRow(Protocol):
@@ -42,6 +51,7 @@ class Attempt:
     tx_id: str
     completion_key: str = ""
     begun: JournalRow | None = None
+    aborting: JournalRow | None = None
     ended: JournalRow | None = None
     state: str = "EXECUTING"
     phase: str | None = None
@@ -69,6 +79,7 @@ class Story:
     last: int | None = None
     started: JournalRow | None = None
     refused_start: JournalRow | None = None
+    refused_completion: JournalRow | None = None
     decisions: list[JournalRow] = field(default_factory=list)
     outcomes: dict[str, JournalRow] = field(default_factory=dict)
     attempts: dict[str, Attempt] = field(default_factory=dict)
@@ -144,6 +155,8 @@ def _sort(story: Story, row: JournalRow, kind: str) -> None:
         story.events.append(row)
     elif kind == "event.published":
         story.published.update(str(event_id) for event_id in items_of(body, "event_ids"))
+    elif kind == "tx.refused":
+        story.refused_completion = row
     elif kind.startswith("tx."):
         _sort_tx(story, row, kind)
 
@@ -153,7 +166,7 @@ def _sort_tx(story: Story, row: JournalRow, kind: str) -> None:
     tx_id = str(body.get("tx_id"))
     attempt = story.attempts.setdefault(tx_id, Attempt(tx_id))
     if kind == "tx.begun":
-        attempt.begun = row
+        attempt.begun, story.refused_completion = row, None
         attempt.completion_key = text_of(body, "completion_key") or ""
         attempt.run_status = text_of(body, "run_status")
         for domain in items_of(body, "domains"):
@@ -172,10 +185,12 @@ def _sort_tx(story: Story, row: JournalRow, kind: str) -> None:
             text_of(body, "code"),
             row.seq,
         )
-    else:
-        attempt.ended = row
-        attempt.state = COMMITTED if kind == "tx.committed" else text_of(body, "state") or kind[3:].upper()
+    elif kind in _MOVED_TO:
+        attempt.state = _MOVED_TO[kind]
         attempt.run_status = text_of(body, "run_status") or attempt.run_status
+        if kind == "tx.aborting":
+            attempt.aborting = row
+        attempt.ended = None if attempt.in_flight else row
     attempt.phase = text_of(body, "phase") or attempt.phase
 
 

@@ -30,6 +30,7 @@ class TransactionPhase(StrEnum):
     EVENTS_PUBLISHED = "EVENTS_PUBLISHED"
     ROLLED_BACK = "ROLLED_BACK"
     FAILED = "FAILED"
+    PARKED = "PARKED"
 
 
 _REACHED_BY: Final = {

@@ -30,6 +30,7 @@ __all__ = [
     "STEP_MOVES",
     "TRANSACTION_COORDINATOR_ENABLED",
     "TX_MOVES",
+    "UNDONE_FROM",
     "CompleteRun",
     "CompletionConflict",
     "DomainClass",
@@ -52,7 +53,9 @@ __all__ = [
     "move_tx",
     "phase_reached",
     "plan_order",
+    "step_move",
     "step_sources",
+    "tx_move",
     "tx_sources",
 ]
 
@@ -71,6 +74,11 @@ class TxState(StrEnum):
     def final(self) -> bool:
         """Whether no move leaves it."""
         return not any(self is move.source for move in TX_MOVES)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether somebody drives it, or must take it over."""
+        return self in (TxState.EXECUTING, TxState.COMPENSATING)
 
 
 class StepState(StrEnum):
@@ -147,6 +155,12 @@ STEP_MOVES: Final = (
 )
 
 
+_TX_BY_NAME: Final = {move.name: move for move in TX_MOVES}
+_STEP_BY_NAME: Final = {move.name: move for move in STEP_MOVES}
+# What may have reached the other system, and is therefore undone; a rollback that was under way goes on.
+UNDONE_FROM: Final = _STEP_BY_NAME["undo"].sources | {_S.RB_INTENT}
+
+
 class IllegalTransition(SpineError):
     """The transition table has no such move from the present state."""
 
@@ -174,6 +188,16 @@ def move_step(state: StepState, target: StepState, within: TxState) -> StepState
         if move.target is target and state in move.sources and move.within is within:
             return target
     raise IllegalTransition(f"a step cannot go from {state.value} to {target.value} in a transaction {within.value}")
+
+
+def tx_move(name: str) -> TxMove:
+    """The transaction's move of that name. Raises KeyError."""
+    return _TX_BY_NAME[name]
+
+
+def step_move(name: str) -> StepMove:
+    """The step's move of that name. Raises KeyError."""
+    return _STEP_BY_NAME[name]
 
 
 def tx_sources(target: TxState) -> tuple[str, ...]:

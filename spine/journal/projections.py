@@ -3,62 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
-import orjson
-
-from spine.journal.statements import Params, Statement, delete, insert, update
-
-Operation = tuple[Statement, Params]
-Fields = Mapping[str, Any]
+from spine.journal.domain_rows import domain_row
+from spine.journal.statements import Fields, Operation, delete, insert, update
+from spine.journal.tx_projections import TX_MAKERS
 
 GUARD_RUN: Final = "run claim"
 GUARD_IDEMPOTENCY: Final = "idempotency claim"
 GUARD_GOVERNANCE: Final = "governance epoch"
-GUARD_TRANSACTION: Final = "transaction claim"
-GUARD_TRANSACTION_STATE: Final = "transaction state"
-GUARD_RUN_KNOWN: Final = "run known"
 GUARD_DECISION: Final = "decision claim"
 GUARD_DECISION_OPEN: Final = "decision open"
 GUARD_KEY_OPEN: Final = "idempotency open"
 GUARD_EXPECTATION: Final = "expectation claim"
-GUARD_STEP: Final = "step"
 GUARD_ACKNOWLEDGEMENT: Final = "acknowledgement"
 GUARD_EVENT: Final = "event claim"
 GUARD_EVENT_KNOWN: Final = "event known"
-GUARD_ROW: Final = "row claim"
-
-DOMAIN_COLUMNS: Final = (
-    "id",
-    "run_id",
-    "tenant_id",
-    "kind",
-    "status",
-    "detail",
-    "created_at",
-    "is_synthetic",
-    "synthetic_scenario_id",
-)
-DOMAIN_TABLES: Final = ("incidents", "policy_evaluations", "traces", "lessons")
 
 INSERT_RUN: Final = insert("runs", 1, GUARD_RUN, "run_id tenant_id agent_id implicit state started_seq started_at")
 INSERT_EXPECTATION: Final = insert(
     "run_expectations", 2, GUARD_EXPECTATION, "run_id domain action deadline_at", key=(0, 1, 2)
-)
-INSERT_TRANSACTION: Final = insert(
-    "transactions",
-    3,
-    GUARD_TRANSACTION,
-    "tx_id run_id tenant_id completion_key digest attempt previous state epoch seq_begun",
-)
-UPSERT_STEP: Final = insert(
-    "steps",
-    4,
-    GUARD_STEP,
-    "tx_id n domain class state effect_id result_id error",
-    key=(0, 1),
-    conflict="(tx_id, n) DO UPDATE SET state = excluded.state, effect_id = excluded.effect_id, "
-    "result_id = excluded.result_id, error = excluded.error",
 )
 INSERT_ACKNOWLEDGEMENT: Final = insert(
     "acknowledgements", 5, GUARD_ACKNOWLEDGEMENT, "seq run_id tx_id domain action status result_id error"
@@ -74,10 +38,6 @@ INSERT_KEY: Final = insert(
     key=(0, 1, 2),
 )
 INSERT_EVENT: Final = insert("outbox", 8, GUARD_EVENT, "event_id tx_id run_id n type state seq")
-INSERT_ROW: Final = {
-    table: insert(table, 9 + place, GUARD_ROW, " ".join((*DOMAIN_COLUMNS, "seq")))
-    for place, table in enumerate(DOMAIN_TABLES)
-}
 UPDATE_GOVERNANCE: Final = update(
     "governance",
     20,
@@ -102,25 +62,8 @@ CLOSE_KEY: Final = update(
     "tenant_id = ? AND operation = ? AND key = ? AND decision_id = ? AND state = 'open'",
     key=(2, 3, 4),
 )
-END_TRANSACTION: Final = update(
-    "transactions",
-    23,
-    GUARD_TRANSACTION_STATE,
-    "state = ?, phase = ?, seq_ended = ?",
-    # An abort of LOCAL domains alone has nothing to compensate: it ends in the commit that decides it.
-    "tx_id = ? AND epoch = COALESCE(?, epoch) AND (state = 'EXECUTING' OR (state = 'COMPENSATING' AND ? = 'ABORTED'))",
-    key=(3,),
-)
-END_RUN: Final = update(
-    "runs",
-    24,
-    GUARD_RUN_KNOWN,
-    "state = ?, run_status = COALESCE(?, run_status), completed_seq = ?, completed_at = ?, tx_id = ?",
-    "run_id = ?",
-    key=(5,),
-)
-PUBLISH_EVENT: Final = update("outbox", 25, GUARD_EVENT_KNOWN, "state = 'published'", "event_id = ?", key=(0,))
-CLOSE_DECISION: Final = delete("open_decisions", 30, GUARD_DECISION_OPEN, "decision_id", undoes=INSERT_DECISION)
+PUBLISH_EVENT: Final = update("outbox", 51, GUARD_EVENT_KNOWN, "state = 'published'", "event_id = ?", key=(0,))
+CLOSE_DECISION: Final = delete("open_decisions", 60, GUARD_DECISION_OPEN, "decision_id", undoes=INSERT_DECISION)
 
 
 def _run_started(fields: Fields, seq: int) -> list[Operation]:
@@ -182,57 +125,6 @@ def _governance_changed(fields: Fields, seq: int) -> list[Operation]:
     ]
 
 
-def _tx_begun(fields: Fields, seq: int) -> list[Operation]:
-    return [
-        (
-            INSERT_TRANSACTION,
-            (
-                fields["tx_id"],
-                fields["run_id"],
-                fields["tenant_id"],
-                fields["completion_key"],
-                fields["digest"],
-                fields["attempt"],
-                fields.get("previous"),
-                "EXECUTING",
-                fields["epoch"],
-                seq,
-            ),
-        )
-    ]
-
-
-def _tx_step(fields: Fields, seq: int) -> list[Operation]:
-    found: list[Operation] = [
-        (
-            UPSERT_STEP,
-            (
-                fields["tx_id"],
-                fields["n"],
-                fields["domain"],
-                fields["class"],
-                fields["state"],
-                fields.get("effect_id"),
-                fields.get("result_id"),
-                fields.get("error"),
-            ),
-        )
-    ]
-    found.extend(_domain_row(entry["table"], entry["row"], fields, seq) for entry in fields.get("rows") or ())
-    return found
-
-
-def _tx_ended(fields: Fields, seq: int) -> list[Operation]:
-    committed = fields["kind"] == "tx.committed"
-    state = "COMMITTED" if committed else fields["state"]
-    tx_id, phase, epoch = fields["tx_id"], fields.get("phase"), fields.get("epoch")
-    run_state = "committed" if committed else "aborted"
-    return [
-        (END_TRANSACTION, (state, phase, seq, tx_id, epoch, state)),
-        (END_RUN, (run_state, fields.get("run_status"), seq, fields["at"], tx_id, fields["run_id"])),
-    ]
-
-
 def _ack(fields: Fields, seq: int) -> list[Operation]:
     return [
         (
@@ -261,37 +153,11 @@ def _event_published(fields: Fields, seq: int) -> list[Operation]:  # noqa: ARG0
 
 
 def _policy_evaluation(fields: Fields, seq: int) -> list[Operation]:
-    return [_domain_row("policy_evaluations", fields["row"], fields, seq)]
+    return [domain_row("policy_evaluations", fields["row"], fields, seq)]
 
 
 def _lesson(fields: Fields, seq: int) -> list[Operation]:
-    return [_domain_row("lessons", fields["row"], fields, seq)]
-
-
-def _domain_row(table: str, row: Mapping[str, Any], fields: Fields, seq: int) -> Operation:
-    """The insert of a built-in domain's row. Raises ValueError naming a table or column that is not theirs."""
-    statement = INSERT_ROW.get(table)
-    if statement is None:
-        raise ValueError(f"rows of table {table!r} do not go through the record: use a Write for tables of your own")
-    unknown = row.keys() - set(DOMAIN_COLUMNS)
-    if unknown:
-        raise ValueError(f"table {table} has no column {min(unknown)!r}: put it into detail")
-    detail = row.get("detail")
-    if detail is not None and not isinstance(detail, str):
-        detail = orjson.dumps(detail, option=orjson.OPT_SORT_KEYS).decode()
-    values = (
-        row["id"],
-        row.get("run_id", fields.get("run_id")),
-        row.get("tenant_id", fields["tenant_id"]),
-        row.get("kind"),
-        row.get("status"),
-        detail,
-        row.get("created_at", fields["at"]),
-        bool(row.get("is_synthetic")),
-        row.get("synthetic_scenario_id"),
-        seq,
-    )
-    return statement, values
+    return [domain_row("lessons", fields["row"], fields, seq)]
 
 
 MAKERS: Final[Mapping[str, Callable[[Fields, int], list[Operation]]]] = {
@@ -299,10 +165,7 @@ MAKERS: Final[Mapping[str, Callable[[Fields, int], list[Operation]]]] = {
     "decision": _decision,
     "outcome": _outcome,
     "governance.changed": _governance_changed,
-    "tx.begun": _tx_begun,
-    "tx.step": _tx_step,
-    "tx.committed": _tx_ended,
-    "tx.aborted": _tx_ended,
+    **TX_MAKERS,
     "ack": _ack,
     "event": _event,
     "event.published": _event_published,

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, replace
 from typing import Any, Final
-from urllib.parse import parse_qsl
 
-import anyio
 import orjson
-from sqlalchemy import URL, event
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from spine.journal.chain import GENESIS, MAIN_PREFIX, STREAM, row_hash
-from spine.journal.engine import (
-    FIND_META,
-    READ_VERSION,
-    Target,
-    check_version,
-    parse_url,
-    postgresql_settings,
-    read_only_uri,
-    unavailable,
-)
-from spine.journal.processes import closed, opened, surely_dead
+from spine.journal.processes import surely_dead
+from spine.journal.reading import Reading, lenient
 from spine.journal.rows import (
     Counts,
     GovernanceRow,
     HeadRow,
     IdempotencyRow,
     OpenDecision,
+    ParkedRow,
     Row,
     RunRow,
     TransactionRow,
@@ -42,74 +28,18 @@ from spine.kernel.errors import JournalBroken
 _NO_LINK: Final = (b"", b"")
 _LAST_CHARACTER: Final = "\U0010ffff"
 _IDS: Final = 400
-_CLOSE_S: Final = 2.0
-_READ_S: Final = 10.0
 _PAGE: Final = 500
 _MAIN: Final = f"stream = '{STREAM}'"
 _ROW: Final = "seq, prev, hash, body"
+_IN_FLIGHT: Final = "state IN ('EXECUTING', 'COMPENSATING')"
 
 
 def _columns(shape: type) -> str:
     return ", ".join(field.name for field in fields(shape))
 
 
-class JournalReader:
-    """Reads one database through connections that cannot write; every method may raise JournalError."""
-
-    def __init__(self, url: str) -> None:
-        self._target = parse_url(url)
-        self._engine: AsyncEngine | None = None
-        self._opening = asyncio.Lock()
-        self._reading: set[asyncio.Task[list[Any]]] = set()
-        self._placeholder = "?" if self._target.dialect == "sqlite" else "%s"
-
-    async def open(self) -> None:
-        """Connect and check the schema's version; reading does it when it was not done before.
-
-        Raises JournalUnavailable, and SchemaMismatch when the database holds no journal or another version of it.
-        """
-        await self._open()
-
-    async def _open(self) -> AsyncEngine:
-        async with self._opening:
-            if self._engine is None:
-                if self._target.path is not None:
-                    opened(self._target.path)
-                try:
-                    self._engine = await self._connect()
-                except BaseException:
-                    self._closed()
-                    raise
-            return self._engine
-
-    def _closed(self) -> None:
-        if self._target.path is not None:
-            closed(self._target.path)
-
-    async def _connect(self) -> AsyncEngine:
-        engine = _engine(self._target)
-        try:
-            async with engine.connect() as connection:
-                found = (await connection.exec_driver_sql(FIND_META[self._target.dialect])).scalar()
-                stored = (await connection.exec_driver_sql(READ_VERSION)).scalar() if found is not None else None
-            check_version(None if stored is None else int(stored), self._target)
-        except SQLAlchemyError as error:
-            await engine.dispose()
-            raise unavailable(self._target, error) from error
-        except BaseException:
-            await engine.dispose()
-            raise
-        return engine
-
-    async def close(self) -> None:
-        """Close its connections; reading again opens new ones."""
-        if self._reading:
-            # What is still being opened has no engine to dispose of yet, and a pool forgets what is out when it goes.
-            await asyncio.wait(list(self._reading), timeout=_CLOSE_S)
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await engine.dispose()
-            self._closed()
+class JournalReader(Reading):
+    """What may be asked of the journal; every method may raise JournalError."""
 
     async def head(self) -> HeadRow:
         """Where the chain ends."""
@@ -185,21 +115,25 @@ class JournalReader:
 
         Dead is who held no lease at that time (unix microseconds), or ran on this machine and surely runs no more.
         """
-        owners = await self._all(
-            "SELECT d.instance, i.lease_until_at, i.process FROM (SELECT DISTINCT instance FROM open_decisions) d "
-            "LEFT JOIN instances i ON i.instance = d.instance"
-        )
-        dead = [
-            instance
-            for instance, until, process in owners
-            if until is None or until < instances_dead_before_us or surely_dead(process)
-        ]
+        dead = await self._dead("open_decisions", "1 = 1", instances_dead_before_us)
         columns = ", ".join(field.name for field in fields(OpenDecision))
         found: list[OpenDecision] = []
         for instance in dead:
             rows = await self._all(f"SELECT {columns} FROM open_decisions WHERE instance = ?", instance)
             found += [OpenDecision(*values) for values in rows]
         return sorted(found, key=lambda decision: decision.seq)
+
+    async def _dead(self, table: str, where: str, before_us: int) -> list[str]:
+        """The owners of rows of ``table`` that live no more."""
+        owners = await self._all(
+            f"SELECT d.instance, i.lease_until_at, i.process FROM (SELECT DISTINCT instance FROM {table} "
+            f"WHERE {where}) d LEFT JOIN instances i ON i.instance = d.instance"
+        )
+        return [
+            instance
+            for instance, until, process in owners
+            if until is None or until < before_us or surely_dead(process)
+        ]
 
     async def living(self, now_us: int) -> set[str]:
         """The instances that hold a lease at that time (unix microseconds) and are not surely dead."""
@@ -224,6 +158,52 @@ class JournalReader:
             completion_key,
         )
         return TransactionRow(*found[0]) if found else None
+
+    async def stranded(self, instances_dead_before_us: int, own: str) -> list[TransactionRow]:
+        """The transactions in flight whose process is dead (see ``open_decisions``) or is ``own``, oldest first."""
+        dead = await self._dead("transactions", _IN_FLIGHT, instances_dead_before_us)
+        found: list[TransactionRow] = []
+        for instance in {*dead, own}:
+            rows = await self._all(
+                f"SELECT {_columns(TransactionRow)} FROM transactions WHERE {_IN_FLIGHT} AND instance = ?", instance
+            )
+            found += [TransactionRow(*values) for values in rows]
+        return sorted(found, key=lambda row: row.seq_begun)
+
+    async def transaction_by_id(self, tx_id: str) -> TransactionRow | None:
+        """The attempt with this id."""
+        found = await self._all(f"SELECT {_columns(TransactionRow)} FROM transactions WHERE tx_id = ?", tx_id)
+        return TransactionRow(*found[0]) if found else None
+
+    async def transaction_ids_like(self, prefix: str, limit: int = 10) -> list[str]:
+        """Up to ``limit`` ids, sorted, of transactions that begin with ``prefix``."""
+        found = await self._all(
+            "SELECT tx_id FROM transactions WHERE tx_id >= ? AND tx_id < ? ORDER BY tx_id LIMIT ?",
+            prefix,
+            prefix + _LAST_CHARACTER,
+            limit,
+        )
+        return [values[0] for values in found]
+
+    async def parked(self, domain: str | None = None, limit: int = 1_000) -> list[ParkedRow]:
+        """Up to ``limit`` steps whose rollback waits for an operator, oldest first; of one ``domain`` or of all."""
+        found = await self._all(
+            "SELECT s.tx_id, t.run_id, t.tenant_id, s.domain, s.effect_id, s.error, t.epoch, s.seq FROM steps s "
+            "JOIN transactions t ON t.tx_id = s.tx_id WHERE s.state = 'PARKED' AND t.state = 'PARKED' "
+            f"AND ({'1 = 1' if domain is None else 's.domain = ?'}) ORDER BY s.seq LIMIT ?",
+            *([] if domain is None else [domain]),
+            limit,
+        )
+        return [ParkedRow(*values) for values in found]
+
+    async def unended(self) -> dict[str, int]:
+        """How many transactions are in which of the states that are not final."""
+        return dict(
+            await self._pairs(
+                "SELECT state, count(*) FROM transactions WHERE state IN ('EXECUTING', 'COMPENSATING', 'PARKED') "
+                "GROUP BY state"
+            )
+        )
 
     async def bypassed_denials(self, epoch: int, limit: int = 100) -> tuple[int, list[dict[str, Any]]]:
         """How many decisions of a bypass would have been denials, and the bodies of the first ``limit``."""
@@ -291,6 +271,7 @@ class JournalReader:
         """How much there is of what."""
         states = dict(await self._pairs("SELECT state, count(*) FROM runs GROUP BY state"))
         events = dict(await self._pairs("SELECT state, count(*) FROM outbox GROUP BY state"))
+        unended = await self.unended()
         ((decisions, transactions),) = await self._all(
             "SELECT (SELECT count(*) FROM open_decisions), (SELECT count(*) FROM transactions)"
         )
@@ -303,75 +284,14 @@ class JournalReader:
             runs_parked=states.get("parked", 0),
             decisions_open=decisions,
             transactions=transactions,
+            transactions_in_flight=unended.get("EXECUTING", 0) + unended.get("COMPENSATING", 0),
+            transactions_parked=unended.get("PARKED", 0),
             events=sum(events.values()),
             events_pending=events.get("pending", 0),
         )
 
     async def _pairs(self, sql: str) -> list[tuple[str, int]]:
         return [(values[0], values[1]) for values in await self._all(sql)]
-
-    async def _all(self, sql: str, *params: Any) -> list[Any]:
-        # In a task of its own: a caller that is cancelled in the middle of a query must leave no connection behind,
-        # whose thread would answer a loop that may be closed by then.
-        reading = asyncio.create_task(self._twice(sql, params), name="spine.journal.read")
-        self._reading.add(reading)
-        reading.add_done_callback(self._read_ended)
-        return await asyncio.shield(reading)
-
-    def _read_ended(self, reading: asyncio.Task[list[Any]]) -> None:
-        self._reading.discard(reading)
-        if not reading.cancelled():
-            # Seen, even when its caller is gone.
-            reading.exception()
-
-    async def _twice(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
-        try:
-            return await self._read(sql, params)
-        except SQLAlchemyError as error:
-            if not (isinstance(error, DBAPIError) and error.connection_invalidated):
-                raise unavailable(self._target, error) from error
-        # The server dropped a connection that lay in the pool: reading again does no harm.
-        try:
-            return await self._read(sql, params)
-        except SQLAlchemyError as error:
-            raise unavailable(self._target, error) from error
-
-    async def _read(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
-        engine = self._engine or await self._open()
-        try:
-            with anyio.fail_after(_READ_S):
-                async with engine.connect() as connection:
-                    result = await connection.exec_driver_sql(sql.replace("?", self._placeholder), params or None)
-                    return list(result.all())
-        except TimeoutError as error:
-            raise unavailable(self._target, error) from error
-
-
-def _engine(target: Target) -> AsyncEngine:
-    if target.dialect == "postgresql":
-        engine = create_async_engine(target.url, isolation_level="AUTOCOMMIT", pool_size=4, max_overflow=0)
-        settings = postgresql_settings(lock_timeout_ms=5_000, read_only=True)
-    else:
-        uri, _, query = read_only_uri(target).partition("?")
-        url = URL.create("sqlite+aiosqlite", database=uri, query={**dict(parse_qsl(query)), "uri": "true"})
-        engine = create_async_engine(url, pool_size=4, max_overflow=0)
-        settings = ["PRAGMA query_only=ON"]
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def _settings(connection: Any, _record: object) -> None:
-        if target.dialect == "sqlite":
-            connection.driver_connection.text_factory = _lenient
-        cursor = connection.cursor()
-        for setting in settings:
-            cursor.execute(setting)
-        cursor.close()
-
-    return engine
-
-
-def _lenient(stored: bytes) -> str:
-    """Text as it is stored: damaged bytes must reach whoever checks the hash."""
-    return stored.decode("utf-8", "surrogateescape")
 
 
 def _stored(raw: str) -> bytes:
@@ -385,7 +305,7 @@ def _bytes(value: Any) -> bytes:
 def _row(values: Sequence[Any]) -> Row:
     seq, prev, digest, raw = values
     if not isinstance(raw, str):
-        raw = _lenient(_bytes(raw))
+        raw = lenient(_bytes(raw))
     try:
         body = orjson.loads(raw)
     except ValueError:

@@ -96,8 +96,23 @@ class TransactionRow:
     state: str
     phase: str | None
     epoch: int
+    instance: str
     seq_begun: int
     seq_ended: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedRow:
+    """One step whose rollback waits for an operator; ``at`` in unix microseconds."""
+
+    tx_id: str
+    run_id: str
+    tenant_id: str
+    domain: str
+    effect_id: str
+    error: str | None
+    epoch: int
+    seq: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,5 +127,7 @@ class Counts:
     runs_parked: int
     decisions_open: int
     transactions: int
+    transactions_in_flight: int
+    transactions_parked: int
     events: int
     events_pending: int

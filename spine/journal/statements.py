@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
@@ -42,6 +42,15 @@ class Statement:
         if self.undoes is not None:
             return self.head + items + self.tail
         return self.head.replace("VALUES ", f"SELECT * FROM (VALUES {items}) LIMIT ?") + self.tail
+
+
+Operation = tuple[Statement, Params]
+Fields = Mapping[str, Any]
+
+
+def words(values: Iterable[str]) -> str:
+    """Constant words as a list in SQL."""
+    return ", ".join(sorted(f"'{value}'" for value in values))
 
 
 def insert(

@@ -167,9 +167,16 @@ transactions = _small(
     _text("state"),
     _text("phase", null=True),
     _int("epoch"),
+    _text("instance"),
     _int("seq_begun"),
     _int("seq_ended", null=True),
     UniqueConstraint("run_id", "completion_key", "attempt", name="transactions_attempt"),
+    Index(
+        "transactions_unended",
+        "state",
+        sqlite_where=text("state IN ('EXECUTING', 'COMPENSATING', 'PARKED')"),
+        postgresql_where=text("state IN ('EXECUTING', 'COMPENSATING', 'PARKED')"),
+    ),
 )
 
 steps = _small(
@@ -182,6 +189,13 @@ steps = _small(
     _text("effect_id", null=True),
     _text("result_id", null=True),
     _text("error", null=True),
+    _int("seq"),
+    Index(
+        "steps_parked",
+        "domain",
+        sqlite_where=text("state = 'PARKED'"),
+        postgresql_where=text("state = 'PARKED'"),
+    ),
 )
 
 outbox = _small(

@@ -323,7 +323,11 @@ async def test_one_domain_that_fails_rolls_the_whole_completion_back_visibly(
         assert text in aborted["error"]
         assert {body["state"] for body in journal(database_url, "tx.step")} <= {"PLANNED", "ROLLED_BACK"}
         acks = [body for body in journal(database_url, "ack") if body["tx_id"] == error.transaction_id]
-        assert {body["status"] for body in acks} == {"FAILED"}
+        assert {(body["domain"], body["status"]) for body in acks} == {
+            ("faulty", "FAILED"),
+            ("faulty", "ROLLED_BACK"),
+            ("orchestrator", "FAILED"),
+        }
         why = await spine.why("run-1")
         assert (why.verdict, why.cause.code) == ("rolled_back", code)
         assert "faulty" in why.cause.text

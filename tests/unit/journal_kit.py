@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from typing import Any
 
+from spine.governance.transactions import step_move
 from spine.governance.units import CommitOutcome, Committed, Record, Unit, Write
 from spine.journal.engine import parse_url
 from spine.journal.reader import JournalReader
@@ -81,6 +82,10 @@ def switched(to: str, epoch: int) -> Record:
     return Record("governance.changed", 4_000, fields)
 
 
+def domain(n: int, name: str, cls: str = "LOCAL") -> dict[str, Any]:
+    return {"n": n, "name": name, "class": cls, "action": "complete_run", "after": [], "effect_id": f"effect-{name}"}
+
+
 def begun(tx: str, run: str = "run-1", **changes: Any) -> Record:
     fields = {
         "tx_id": tx,
@@ -94,12 +99,15 @@ def begun(tx: str, run: str = "run-1", **changes: Any) -> Record:
         "run_status": "succeeded",
         "error_code": None,
         "error_message": None,
-        "domains": [{"n": 0, "name": "incidents", "class": "LOCAL"}],
+        "domains": [domain(0, "incidents")],
+        "counts": [0, 0, 0],
         "epoch": 1,
+        "governance_epoch": 1,
         "instance": "i1",
         "trace_id": None,
         "is_synthetic": False,
         "synthetic_scenario_id": None,
+        "skip_events": False,
     }
     return Record("tx.begun", 5_000, fields | FLAT | changes)
 
@@ -127,6 +135,17 @@ def step(tx: str, n: int = 0, run: str = "run-1", rows: Sequence[dict[str, Any]]
     return Record("tx.step", 6_000, fields | changes)
 
 
+def moved(tx: str, move: str, n: int = 0, run: str = "run-1", epoch: int = 1) -> Record:
+    """A move of an EXTERNAL step."""
+    fields = step(tx, n, run).fields | {"domain": "payments", "class": "EXTERNAL", "epoch": epoch, "move": move}
+    return Record("tx.step", 6_500, fields | {"state": step_move(move).target.value})
+
+
+def claimed(tx: str, epoch: int, run: str = "run-1") -> Record:
+    fields = {"tx_id": tx, "run_id": run, "tenant_id": "acme", "epoch": epoch, "instance": "i2", "previous": "i1"}
+    return Record("tx.claimed", 6_600, fields)
+
+
 def acknowledged(tx: str, run: str = "run-1", status: str = "SUCCESS") -> Record:
     fields = {"tx_id": tx, "run_id": run, "tenant_id": "acme", "domain": "incidents", "action": "create_incident"}
     return Record("ack", 7_000, fields | {"status": status, "result_id": None, "error": None})
@@ -139,11 +158,16 @@ def event(event_id: str, tx: str, n: int = 0, run: str = "run-1") -> Record:
 
 def committed(tx: str, run: str = "run-1", run_status: str = "succeeded") -> Record:
     fields = {"tx_id": tx, "run_id": run, "tenant_id": "acme", "run_status": run_status, "phase": "COMMITTED"}
-    return Record("tx.committed", 9_000, fields | {"result": {"run_id": run}})
+    return Record("tx.committed", 9_000, fields | {"epoch": 1, "result": {"run_id": run}})
+
+
+def aborting(tx: str, run: str = "run-1") -> Record:
+    fields = {"tx_id": tx, "run_id": run, "tenant_id": "acme", "epoch": 1, "phase": "NOT_STARTED"}
+    return Record("tx.aborting", 8_900, fields | {"failed_domain": "x", "code": "NO", "error": "no"})
 
 
 def aborted(tx: str, run: str = "run-1") -> Record:
-    fields = {"tx_id": tx, "run_id": run, "tenant_id": "acme", "state": "ABORTED", "phase": "NOT_STARTED"}
+    fields = {"tx_id": tx, "run_id": run, "tenant_id": "acme", "state": "ABORTED", "phase": "NOT_STARTED", "epoch": 1}
     return Record("tx.aborted", 9_000, fields | {"failed_domain": "x", "code": "NO", "error": "no", "result": {}})
 
 

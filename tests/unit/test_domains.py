@@ -192,7 +192,7 @@ class TestParticipants:
     @pytest.mark.parametrize(
         ("domain", "told"),
         [
-            (Made(name="x", after=()), "domain 'x' .Made. cannot take part in a completion: it has no plan"),
+            (Made(name="x", after=()), "domain 'x' .Made. cannot take part in a completion: it has neither plan"),
             (Made(name="x", after=(), plan=5), "domain 'x'"),
             (Made(name="", after=(), plan=print), "has no name"),
             (Made(after=(), plan=print), "has no name"),

@@ -11,20 +11,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spine.governance.transactions import STEP_MOVES
 from spine.governance.units import CommitOutcome, Unit
-from spine.journal import projections as module
+from spine.journal import projections as plain
+from spine.journal import tx_projections as of_tx
 from spine.journal.batch import Waves
+from spine.journal.domain_rows import DOMAIN_COLUMNS, INSERT_ROW
+from spine.journal.domain_rows import DOMAIN_TABLES as DOMAIN_NAMES
 from spine.journal.projections import CLOSE_DECISION, INSERT_DECISION, MAKERS, UPDATE_GOVERNANCE, projections
 from spine.journal.statements import Statement
 from spine.journal.tables import DOMAIN_TABLES, PROJECTIONS, metadata
 from spine.journal.verify import verify
 from tests.unit.journal_kit import (
     aborted,
+    aborting,
     begun,
+    claimed,
     committed,
     decided,
+    domain,
     ended,
     incident,
+    moved,
     published,
     started,
     step,
@@ -34,8 +42,8 @@ from tests.unit.journal_kit import (
 
 pytestmark = pytest.mark.timeout(60)
 
-STATEMENTS = [value for value in vars(module).values() if isinstance(value, Statement)]
-STATEMENTS += module.INSERT_ROW.values()
+STATEMENTS = [value for module in (plain, of_tx) for value in vars(module).values() if isinstance(value, Statement)]
+STATEMENTS += [*INSERT_ROW.values(), *of_tx.MOVE_STEP.values(), *of_tx.MOVE_TRANSACTION.values()]
 
 
 def body(record: object, unit: str = "u") -> dict[str, object]:
@@ -59,9 +67,9 @@ def test_ranks_are_unique_and_put_inserts_before_updates_before_deletes() -> Non
 
 
 def test_the_domain_tables_have_the_columns_of_their_rows() -> None:
-    assert [table.name for table in DOMAIN_TABLES] == list(module.DOMAIN_TABLES)
+    assert [table.name for table in DOMAIN_TABLES] == list(DOMAIN_NAMES)
     for table in DOMAIN_TABLES:
-        assert table.columns.keys() == [*module.DOMAIN_COLUMNS, "seq"]
+        assert table.columns.keys() == [*DOMAIN_COLUMNS, "seq"]
 
 
 def test_a_kind_without_tables_changes_none() -> None:
@@ -115,6 +123,16 @@ UNITS = st.one_of(
     ),
     st.builds(lambda epoch: [switched("halted", epoch)], st.integers(2, 4)),
     st.builds(lambda tx, run, attempt: [begun(tx, run, attempt=attempt)], NAMES, NAMES, st.integers(1, 2)),
+    st.builds(lambda tx, run: [begun(tx, run, domains=[domain(0, "payments", "EXTERNAL")])], NAMES, NAMES),
+    st.builds(
+        lambda tx, move, epoch: [moved(tx, move, epoch=epoch)],
+        NAMES,
+        st.sampled_from([move.name for move in STEP_MOVES]),
+        st.integers(1, 2),
+    ),
+    st.builds(lambda tx, epoch: [claimed(tx, epoch)], NAMES, st.integers(2, 3)),
+    st.builds(lambda tx, run: [aborting(tx, run)], NAMES, NAMES),
+    st.builds(lambda tx, run: [aborting(tx, run), aborted(tx, run)], NAMES, NAMES),
     st.builds(lambda tx, n, state: [step(tx, n, "a", state=state)], NAMES, st.integers(0, 1), st.sampled_from("XY")),
     st.builds(lambda tx, run: [committed(tx, run)], NAMES, NAMES),
     st.builds(lambda tx, run: [aborted(tx, run)], NAMES, NAMES),

@@ -13,24 +13,23 @@ import pytest
 
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch, StorageFailed, Unit, Write
 from spine.journal.chain import GENESIS, MAIN_PREFIX, row_hash
+from spine.journal.domain_rows import GUARD_ROW
 from spine.journal.faults import CommitUnknown, StorageError
 from spine.journal.oslock import FileLock
 from spine.journal.projections import (
     GUARD_DECISION_OPEN,
     GUARD_GOVERNANCE,
     GUARD_IDEMPOTENCY,
-    GUARD_ROW,
     GUARD_RUN,
-    GUARD_RUN_KNOWN,
-    GUARD_TRANSACTION,
-    GUARD_TRANSACTION_STATE,
 )
 from spine.journal.session import Session
+from spine.journal.tx_projections import GUARD_RUN_KNOWN, GUARD_STEP, GUARD_TRANSACTION, GUARD_TRANSACTION_STATE
 from spine.journal.verify import verify
 from spine.journal.writer import JournalWriter
 from spine.kernel.errors import ConfigurationError, JournalError, JournalUnavailable
 from tests.unit.journal_kit import (
     aborted,
+    aborting,
     all_committed,
     begun,
     committed,
@@ -129,7 +128,8 @@ async def test_no_units_are_no_work(journal_url: str) -> None:
         (GUARD_TRANSACTION_STATE, [committed("never begun")]),
         (GUARD_RUN_KNOWN, [begun("of nobody", "nobody"), committed("of nobody", "nobody")]),
         (GUARD_DECISION_OPEN, [ended("never decided")]),
-        (GUARD_ROW, [step("taken", rows=[incident("taken")])]),
+        (GUARD_ROW, [step("taken", 1, rows=[incident("taken")])]),
+        (GUARD_STEP, [step("taken")]),
     ],
 )
 async def test_a_unit_whose_guard_fails_fails_alone(journal_url: str, guard: str, bad: list[Record]) -> None:
@@ -306,14 +306,14 @@ async def test_claim_end_and_claim_again_in_one_batch_follow_the_order(journal_u
 async def test_an_abort_then_a_new_attempt_commits_the_run(journal_url: str) -> None:
     units = [
         Unit("u1", [started()]),
-        Unit("u2", [begun("tx-1"), aborted("tx-1")]),
+        Unit("u2", [begun("tx-1"), aborting("tx-1"), aborted("tx-1")]),
         Unit("u3", [begun("tx-2", attempt=2, previous="tx-1"), committed("tx-2")]),
     ]
     assert all_committed(await write(journal_url, units))
     async with reading(journal_url) as reader:
         run, transaction = await reader.run("run-1"), await reader.transaction("run-1", "")
     assert run is not None
-    assert (run.state, run.run_status, run.tx_id, run.completed_seq) == ("committed", "succeeded", "tx-2", 5)
+    assert (run.state, run.run_status, run.tx_id, run.completed_seq) == ("committed", "succeeded", "tx-2", 6)
     assert transaction is not None
     assert (transaction.attempt, transaction.state, transaction.previous) == (2, "COMMITTED", "tx-1")
     assert verify(journal_url).ok

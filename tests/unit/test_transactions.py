@@ -201,6 +201,7 @@ class TestResult:
             "EVENTS_PUBLISHED",
             "ROLLED_BACK",
             "FAILED",
+            "PARKED",
         ]
         assert TransactionPhase.COMMITTED == "COMMITTED"
 

@@ -169,11 +169,13 @@ def _transactions() -> None:
         _text("state"),
         _text("phase", null=True),
         _int("epoch"),
+        _text("instance"),
         _int("seq_begun"),
         _int("seq_ended", null=True),
         sa.UniqueConstraint("run_id", "completion_key", "attempt", name="transactions_attempt"),
         **SMALL,
     )
+    _index("transactions_unended", "transactions", ["state"], "state IN ('EXECUTING', 'COMPENSATING', 'PARKED')")
     op.create_table(
         "steps",
         _text("tx_id", key=True),
@@ -184,8 +186,10 @@ def _transactions() -> None:
         _text("effect_id", null=True),
         _text("result_id", null=True),
         _text("error", null=True),
+        _int("seq"),
         **SMALL,
     )
+    _index("steps_parked", "steps", ["domain"], "state = 'PARKED'")
     op.create_table(
         "outbox",
         _text("event_id", key=True),

@@ -1,0 +1,128 @@
+"""Calls to domains outside: each in an owned task with its own deadline, and every ending an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from spine.domains import Refused
+from spine.effects import Effect
+from spine.governance.failpoints import Failpoint, of_call
+from spine.kernel.errors import Overloaded, describe
+from spine.kernel.exchange import Exchange
+from spine.kernel.tasks import Tasks
+
+CALLS_MOST: Final = 4096
+# How long a cancelled call may take to end before it is left behind.
+CANCEL_GRACE_S: Final = 1.0
+
+Method = Callable[[Effect], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The domain's method returned."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """No answer, or one that says nothing about the effect: it may have happened."""
+
+    code: str
+    error: str
+    cause: BaseException | None = None
+
+
+Answer = Answered | Refused | Unanswered
+
+
+class EffectCalls:
+    """Calls domains outside for one coordinator."""
+
+    def __init__(
+        self, exchange: Exchange, failpoint: Failpoint, on_crash: Callable[[str, BaseException], None]
+    ) -> None:
+        self._exchange = exchange
+        self._failpoint = failpoint
+        self._tasks = Tasks("effects", limit=CALLS_MOST, on_crash=on_crash)
+
+    async def call(self, name: str, what: str, method: Method, effect: Effect) -> Answer:
+        """Call ``method`` of domain ``name`` until ``effect.deadline``; never raises what the domain raises."""
+        await self._failpoint(f"{of_call(what)}.before")
+        running = _Running(self._exchange, effect.deadline)
+        try:
+            running.task = self._tasks.spawn(running.run(method(effect)), f"{what} {name} {effect.id}")
+        except Overloaded as error:
+            return Unanswered("OVERLOADED", str(error), error)
+        self._exchange.deadlines.add(effect.deadline, running)
+        try:
+            await running.ended
+        except asyncio.CancelledError:
+            running.task.cancel()
+            raise
+        finally:
+            self._exchange.deadlines.discard(running.deadline, running)
+        await self._failpoint(f"{of_call(what)}.after")
+        return running.answer(name, what)
+
+    async def stop(self, seconds: float) -> bool:
+        """Cancel what still runs; ``False`` when one refuses to end."""
+        return await self._tasks.cancel(seconds)
+
+
+class _Running:
+    """One call under way; expired by the deadline wheel."""
+
+    def __init__(self, exchange: Exchange, deadline: float) -> None:
+        self._exchange = exchange
+        self.deadline = deadline
+        self.ended: asyncio.Future[None] = exchange.loop.create_future()
+        self.task: asyncio.Task[None] | None = None
+        self._allowed = deadline - exchange.clock.monotonic()
+        self._late = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    async def run(self, work: Awaitable[Any]) -> None:
+        try:
+            self._value = await work
+        except BaseException as error:  # noqa: BLE001  a domain is foreign code: its failure is an answer
+            self._error = error
+        self._end()
+
+    def _end(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def expire(self) -> None:
+        """The deadline passed: cancel the call, and if it will not end, go on without it."""
+        if self._late:
+            self._error = self._error or TimeoutError("it swallowed its cancellation and still runs")
+            self._end()
+            return
+        self._late = True
+        assert self.task is not None
+        self.task.cancel()
+        self.deadline = self._exchange.clock.monotonic() + CANCEL_GRACE_S
+        self._exchange.deadlines.add(self.deadline, self)
+
+    def answer(self, name: str, what: str) -> Answer:
+        error = self._error
+        if self._late and not isinstance(error, Refused):
+            detail = f" ({error})" if isinstance(error, TimeoutError) and str(error) else ""
+            return Unanswered(
+                "TIMEOUT",
+                f"{what} of domain {name!r} gave no answer within {round(self._allowed, 2):g} s{detail}",
+                error,
+            )
+        if error is None:
+            return Answered(self._value)
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, asyncio.CancelledError):
+            return Unanswered("CANCELLED", f"{what} of domain {name!r} was cancelled", error)
+        return Unanswered(type(error).__name__, describe(error), error)

@@ -1,0 +1,111 @@
+"""How the end of an attempt is told: what was stored before, and the errors that name what stands and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from actors.completion import Plan
+from spine.governance.transactions import (
+    CompleteRun,
+    CompletionConflict,
+    StepState,
+    TransactionFailed,
+    TransactionPhase,
+    TransactionResult,
+    TxState,
+)
+from spine.publisher import POST
+
+
+class TransactionRow(Protocol):
+    """An attempt to complete a run."""
+
+    @property
+    def tx_id(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def seq_ended(self) -> int | None: ...
+
+
+def stored(result: TransactionResult, tx_id: str, rows: Sequence[Mapping[str, Any]]) -> TransactionResult:
+    """A committed result as of now: with its events, once the run's ``rows`` tell that they are published."""
+    ours = [body for body in rows if body.get("tx_id") == tx_id]
+    done = {event_id for body in ours if body["kind"] == "event.published" for event_id in body["event_ids"]}
+    told = [body for body in ours if body["kind"] == "event" and not body["type"].startswith(POST)]
+    if told and all(body["event_id"] in done for body in told):
+        result.phase = TransactionPhase.EVENTS_PUBLISHED
+        result.events_published = [body["type"] for body in told]
+    return result
+
+
+def not_committed(request: CompleteRun, prior: TransactionRow) -> TransactionFailed:
+    """The error of a completion that waits, parked, for an operator."""
+    return TransactionFailed(
+        f"run {request.run_id!r}: transaction {prior.tx_id} is {prior.state}; see `spine why {request.run_id}`",
+        TransactionPhase.PARKED if prior.state == TxState.PARKED else TransactionPhase.FAILED,
+        code=prior.state,
+        transaction_id=prior.tx_id,
+    )
+
+
+def in_flight(request: CompleteRun, prior: TransactionRow) -> TransactionFailed:
+    """The error of a completion whose transaction outlives this Spine."""
+    return TransactionFailed(
+        f"run {request.run_id!r}: transaction {prior.tx_id} is {prior.state} and this Spine stops: it goes on with the "
+        "next start, ask again then",
+        TransactionPhase.FAILED,
+        code="IN_FLIGHT",
+        transaction_id=prior.tx_id,
+    )
+
+
+def failure(plan: Plan, result: TransactionResult) -> TransactionFailed:
+    """The error of a completion that was rolled back or parked."""
+    failed = plan.failed
+    assert failed is not None
+    why = f"domain {failed.name!r} ended transaction {plan.tx_id} with {plan.code}: {plan.error}"
+    if plan.state is TxState.PARKED:
+        stuck = [step.name for step in plan.steps if step.state is StepState.PARKED]
+        return TransactionFailed(
+            f"run {plan.request.run_id!r} was not completed and is not undone: {why}; the rollback of "
+            f"{', '.join(map(repr, stuck))} is parked, see `spine parked`",
+            TransactionPhase.PARKED,
+            result.to_dict(),
+            plan.cause,
+            code="PARKED",
+            failed_domain=failed.name,
+            transaction_id=plan.tx_id,
+        )
+    return TransactionFailed(
+        f"run {plan.request.run_id!r} was not completed: {why}; nothing of it persists, complete the run again",
+        TransactionPhase.ROLLED_BACK,
+        result.to_dict(),
+        plan.cause,
+        code=plan.code,
+        failed_domain=failed.name,
+        transaction_id=plan.tx_id,
+    )
+
+
+def conflict(request: CompleteRun, prior: TransactionRow, digest: str) -> CompletionConflict:
+    """The error of another payload under a key that is taken."""
+    return CompletionConflict(
+        f"run {request.run_id!r} was completed under key {request.completion_key!r} with another payload "
+        f"(digest {prior.digest[:16]}, now {digest[:16]}): transaction {prior.tx_id} stands, use a new key"
+    )
+
+
+def unavailable(request: CompleteRun, detail: str) -> TransactionFailed:
+    """The error of a completion whose record is not taken."""
+    return TransactionFailed(
+        f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free "
+        "its storage and complete the run again",
+        TransactionPhase.FAILED,
+        code="JOURNAL_UNAVAILABLE",
+    )

@@ -1,0 +1,101 @@
+"""Parked transactions in an operator's hands: resolved on evidence, or tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from actors import transaction_records as records
+from actors.completion import Part, Plan
+from actors.recorder import Recorder
+from actors.records import text
+from actors.reload import reload
+from actors.takeover import StrandedSource
+from spine.governance.failpoints import Failpoint, of_tx
+from spine.governance.parking import ResolveTransaction, RetryTransaction, validate
+from spine.governance.transactions import TxState
+from spine.governance.units import Committed, GuardFailed, Record
+from spine.kernel.errors import ConfigurationError, JournalUnavailable
+from spine.kernel.exchange import Exchange
+from spine.kernel.messages import Envelope
+
+
+class Parking:
+    """Moves parked transactions on; every move is journaled with who and why."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        recorder: Recorder,
+        source: StrandedSource,
+        parts: Sequence[Part],
+        *,
+        instance: str,
+        failpoint: Failpoint,
+    ) -> None:
+        self._exchange = exchange
+        self._recorder = recorder
+        self._source = source
+        self._parts = parts
+        self._instance = instance
+        self._failpoint = failpoint
+
+    async def resolve(self, envelope: Envelope, request: ResolveTransaction) -> dict[str, Any]:
+        """End a parked transaction that was undone by hand. Raises ConfigurationError or JournalUnavailable."""
+        plan = await self._parked(request)
+        rows = records.resolved(
+            plan,
+            self._exchange.clock.time_us(),
+            evidence=request.evidence,
+            reason=request.reason,
+            actor=request.actor,
+        )
+        await self._write(envelope, plan, "resolve", rows)
+        return _told(plan)
+
+    async def retry(self, envelope: Envelope, request: RetryTransaction) -> dict[str, Any]:
+        """Have the rollbacks tried again, by whoever has the domains. Raises ConfigurationError, JournalUnavailable."""
+        plan = await self._parked(request)
+        plan.epoch += 1
+        fields = {
+            **records.identity(plan),
+            "state": TxState.COMPENSATING.value,
+            "instance": self._instance,
+            "reason": text(request.reason),
+            "actor": text(request.actor),
+        }
+        plan.state = TxState.COMPENSATING
+        await self._write(envelope, plan, "retry", [Record("tx.retried", self._exchange.clock.time_us(), fields)])
+        return _told(plan)
+
+    async def _parked(self, request: ResolveTransaction | RetryTransaction) -> Plan:
+        validate(request)
+        row = await self._source.transaction_by_id(request.tx_id)
+        if row is None:
+            raise ConfigurationError(f"there is no transaction {request.tx_id!r}: `spine parked` lists those that wait")
+        if row.state != TxState.PARKED:
+            raise ConfigurationError(
+                f"transaction {request.tx_id} is {row.state}, not PARKED: see `spine why {row.run_id}`"
+            )
+        return reload(await self._source.run_rows(row.run_id), row, self._parts, self._instance)
+
+    async def _write(self, envelope: Envelope, plan: Plan, move: str, rows: Sequence[Record]) -> None:
+        await self._failpoint(f"{of_tx(move)}.before")
+        outcome = await self._recorder.commit(rows, run_id=plan.request.run_id, parent=envelope)
+        match outcome:
+            case Committed():
+                await self._failpoint(f"{of_tx(move)}.after")
+            case GuardFailed():
+                raise ConfigurationError(
+                    f"transaction {plan.tx_id} was moved on by somebody else: see `spine why {plan.request.run_id}`"
+                )
+            case _:
+                raise JournalUnavailable(f"transaction {plan.tx_id} was not moved, it is not recorded: {outcome}")
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    domains = [
+        {"name": step.name, "class": step.cls.value, "state": step.state.value, "error": step.error}
+        for step in plan.steps
+    ]
+    return {"tx_id": plan.tx_id, "run_id": plan.request.run_id, "state": plan.state.value, "domains": domains}

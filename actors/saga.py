@@ -1,0 +1,351 @@
+"""A saga: drives one transaction with EXTERNAL steps, every move durable before what follows from it.
+
+Forward in order, each intent before its call; the commit point, or a durable decision to abort and then the undoing in
+reverse, repeated with backoff and parked where it fails. What another process has taken over is left to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from actors import transaction_records as records
+from actors.completion import Plan, Step, as_json, described, fail, fail_with, guard_failed, prepare, unmet
+from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
+from actors.recorder import Recorder
+from actors.records import text
+from spine.domains import Refused
+from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
+from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
+from spine.governance.transactions import UNDONE_FROM, StepState, TransactionResult, TxState
+from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, Write
+from spine.kernel.errors import SpineError
+from spine.kernel.exchange import Exchange
+from spine.kernel.ids import Ids
+from spine.kernel.messages import Envelope
+from spine.kernel.restart import backoff
+from spine.publisher import Event
+
+_WRITES = "write "
+
+
+class Retrying(Protocol):
+    """How calls are repeated."""
+
+    @property
+    def attempts(self) -> int: ...
+    @property
+    def first_s(self) -> float: ...
+    @property
+    def most_s(self) -> float: ...
+
+
+class Lost(SpineError):
+    """The driver goes no further: another one has the transaction, or the journal took no record; recovery goes on."""
+
+
+@dataclass(slots=True)
+class Driving:
+    """What every saga of one coordinator works with."""
+
+    exchange: Exchange
+    ids: Ids
+    recorder: Recorder
+    calls: EffectCalls
+    failpoint: Failpoint
+    retry: Retrying
+    counts: dict[str, int]
+    unmet: Callable[[Plan], Awaitable[str | None]]
+
+
+class Saga:
+    """One transaction, from its begin or from wherever the journal says it stands."""
+
+    def __init__(self, driving: Driving, plan: Plan, cause: Envelope | None = None) -> None:
+        self._own = driving
+        self._clock = driving.exchange.clock
+        self.plan = plan
+        self.cause = cause
+        self._stopping = False
+        self._call: asyncio.Task[Answer] | None = None
+        self.events: list[Event] = []
+        self.result: TransactionResult | None = None
+
+    def interrupt(self) -> None:
+        """The Spine stops: a forward call under way is given up and undone, a rollback may still end."""
+        self._stopping = True
+        if self._call is not None and self.plan.state is TxState.EXECUTING:
+            self._call.cancel()
+
+    async def begin(self) -> CommitOutcome:
+        """Record the transaction with its plan; whoever else began it first keeps it."""
+        plan = self.plan
+        moments = [BEGIN]
+        await self._pass(moments, "before")
+        outcome = await self._commit([*plan.start, records.begun(plan)], epoch=plan.governance_epoch)
+        if isinstance(outcome, Committed):
+            await self._pass(moments, "after")
+        return outcome
+
+    async def drive(self) -> TransactionResult:
+        """Go on until the transaction has ended or is parked; ``plan.state`` tells which. Raises ``Lost``."""
+        if self.plan.state is TxState.EXECUTING:
+            await self._forward()
+        if self.plan.state is TxState.COMPENSATING:
+            await self._compensate()
+        assert self.result is not None
+        return self.result
+
+    # -- forward
+
+    async def _forward(self) -> None:
+        plan = self.plan
+        for step in plan.steps:
+            if step.external:
+                await self._forward_step(step)
+            else:
+                prepare(plan, step)
+            if plan.failed is not None:
+                break
+            if self._stopping:
+                raise Lost(f"the Spine stops: transaction {plan.tx_id} goes on after the start")
+        if plan.failed is None:
+            await self._commit_point()
+        if plan.failed is not None and plan.state is TxState.EXECUTING:
+            await self._abort()
+
+    async def _forward_step(self, step: Step) -> None:
+        plan = self.plan
+        if step.state is StepState.DONE:
+            return
+        # A transaction that was taken over may have been sent before: each epoch stands for one attempt at least.
+        sent = plan.epoch - 1 if step.state is StepState.INTENT else 0
+        if step.state is StepState.PLANNED:
+            try:
+                step.descriptor = described(plan, step)
+            except Exception as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
+                fail_with(plan, step, error)
+                return
+            intent = records.moved(plan, step, "intend", self._clock.time_us(), descriptor=step.descriptor)
+            await self._write([of_step("intend")], [intent])
+        answer = await self._send(step, sent)
+        match answer:
+            case Answered():
+                await self._done(step, answer)
+            case Refused():
+                fail_with(plan, step, answer)
+            case Unanswered():
+                fail(plan, step, StepState.UNKNOWN, answer.code, answer.error, answer.cause)
+
+    async def _done(self, step: Step, answer: Answered) -> None:
+        plan, value = self.plan, answer.value
+        try:
+            what = f"domain {step.name!r} returned {type(value).__name__}, which"
+            step.result = as_json({} if value is None else value, what)
+        except (TypeError, ValueError) as error:
+            # It happened, but cannot be recorded: nobody could be told of it again.
+            fail_with(plan, step, error)
+            return
+        at = self._clock.time_us()
+        done = records.moved(plan, step, "done", at, result=step.result)
+        await self._write([of_step("done")], [done, records.delivered(plan, step, at)])
+
+    async def _send(self, step: Step, sent: int) -> Answer:
+        """Call the domain until it answers or its attempts are used up."""
+        domain, allowed = step.domain, attempts_of(step.domain)
+        if sent and await self._status(step) == TOMBSTONED:
+            return Unanswered("TOMBSTONED", f"domain {step.name!r} has undone this effect already")
+        answer: Answer = Unanswered("INTERRUPTED", f"the process ended before domain {step.name!r} had answered")
+        for attempt in range(sent + 1, allowed + 1):
+            if attempt > sent + 1:
+                await self._pause(attempt - 1)
+            answer = await self._ask("forward", step, attempt)
+            if not isinstance(answer, Unanswered) or self._stopping:
+                break
+            self._fault("spine.effect.unanswered", step, answer, attempt)
+        assert domain is not None
+        return answer
+
+    async def _commit_point(self) -> None:
+        plan, at = self.plan, self._clock.time_us()
+        if (reason := await self._own.unmet(plan)) is not None:
+            unmet(plan, reason)
+            return
+        rows, events, result = records.committed(plan, at)
+        outcome = await self._write([of_tx("commit")], rows, plan.writes)
+        if isinstance(outcome, GuardFailed):
+            plan.state = TxState.EXECUTING
+            guard_failed(plan, outcome.guard, outcome.found, outcome.required)
+            return
+        self._own.counts["committed"] += 1
+        self.events, self.result = events, result
+
+    # -- back
+
+    async def _abort(self) -> None:
+        plan, failed, at = self.plan, self.plan.failed, self._clock.time_us()
+        assert failed is not None
+        moments, rows = [of_tx("abort")], records.aborting(plan, at)
+        if failed.external and failed.state is not StepState.PLANNED:
+            move = failed.state.value.lower()
+            moments.insert(0, of_step(move))
+            rows.insert(0, records.step_record(plan, failed, move, at))
+        await self._write(moments, rows)
+
+    async def _compensate(self) -> None:
+        plan, failed = self.plan, self.plan.failed
+        assert failed is not None
+        reason = f"{failed.name}: {plan.code}: {plan.error}"
+        stuck: list[Step] = []
+        for step in reversed(plan.steps):
+            if not step.external or step.state not in UNDONE_FROM:
+                continue
+            # What stands on an effect that could not be undone keeps that effect from being undone.
+            if step.name in stood_on(plan.steps, stuck) or not await self._undo(step, reason):
+                stuck.append(step)
+        at = self._clock.time_us()
+        if stuck:
+            rows, self.result = records.parked(plan, at)
+            await self._write([of_tx("park")], rows)
+            self._own.counts["parked"] += 1
+        else:
+            rows, self.result = records.aborted(plan, at)
+            await self._write([of_tx("compensated")], rows)
+            self._own.counts["aborted"] += 1
+
+    async def _undo(self, step: Step, reason: str) -> bool:
+        """Roll one step back, with backoff; ``False`` when it is parked."""
+        plan, again = self.plan, step.state in (StepState.RB_INTENT, StepState.PARKED)
+        if step.state is not StepState.RB_INTENT:
+            intent = records.moved(plan, step, "undo", self._clock.time_us())
+            await self._write([of_step("undo")], [intent])
+        attempts, said = 0, "TOMBSTONED"
+        if not again or await self._status(step) != TOMBSTONED:
+            attempts, said = await self._roll_back(step)
+        at = self._clock.time_us()
+        if not said:
+            parked = records.moved(plan, step, "park", at, attempts=attempts)
+            await self._write([of_step("park")], [parked])
+            return False
+        undone = records.rolled_back(plan, step, at, reason=reason, attempts=attempts)
+        await self._write([of_step("undone")], undone)
+        self._own.counts["compensated"] += 1
+        return True
+
+    async def _roll_back(self, step: Step) -> tuple[int, str]:
+        """Call the domain until it has undone the effect; how often, and empty when it never did."""
+        for attempt in range(1, self._own.retry.attempts + 1):
+            if attempt > 1:
+                await self._pause(attempt - 1)
+            answer = await self._ask("rollback", step, attempt)
+            if isinstance(answer, Answered):
+                return attempt, "undone"
+            self._fault("spine.rollback.failed", step, answer, attempt)
+            step.code, step.error = _said(answer)
+            if self._stopping:
+                raise Lost(
+                    f"the Spine stops: the rollback of {step.name!r} in {self.plan.tx_id} goes on after the start"
+                )
+        return self._own.retry.attempts, ""
+
+    # -- the edge
+
+    async def _ask(self, what: str, step: Step, attempt: int) -> Answer:
+        plan = self.plan
+        effect = Effect(
+            step.effect_id,
+            plan.tx_id,
+            plan.request.run_id,
+            plan.request.tenant_id,
+            plan.epoch,
+            attempt,
+            self._clock.monotonic() + timeout_of(step.domain),
+            step.descriptor,
+        )
+        method = getattr(step.domain, what)
+        call = self._call = self._own.exchange.loop.create_task(self._own.calls.call(step.name, what, method, effect))
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if call.cancelled() and self._stopping and not _cancelling():
+                return Unanswered("CANCELLED", f"the Spine stopped while domain {step.name!r} was asked")
+            call.cancel()
+            raise
+        finally:
+            self._call = None
+
+    async def _status(self, step: Step) -> object:
+        """What the domain says of the effect, if it can tell; ``None`` where it cannot."""
+        if getattr(step.domain, "status", None) is None:
+            return None
+        answer = await self._ask("status", step, 1)
+        return answer.value if isinstance(answer, Answered) else None
+
+    async def _pause(self, attempt: int) -> None:
+        retry = self._own.retry
+        jitter = self._own.ids.uniform(0.0, 0.25)
+        delay = backoff(attempt, first_s=retry.first_s, most_s=retry.most_s, jitter=jitter)
+        await self._clock.sleep_until(self._clock.monotonic() + delay)
+
+    async def _pass(self, moments: Sequence[str], when: str) -> None:
+        for moment in moments:
+            await self._own.failpoint(f"{moment}.{when}")
+
+    async def _write(
+        self, moments: Sequence[str], rows: Sequence[Record], writes: Sequence[Write] = ()
+    ) -> GuardFailed | None:
+        """Have moves committed; gives back a user's write that failed. Raises ``Lost`` when it is not ours any more."""
+        await self._pass(moments, "before")
+        outcome = await self._commit(rows, writes=writes)
+        if isinstance(outcome, GuardFailed) and outcome.guard.startswith(_WRITES):
+            return outcome
+        if not isinstance(outcome, Committed):
+            raise Lost(f"transaction {self.plan.tx_id}: {moments[-1]} was not recorded: {outcome}")
+        await self._pass(moments, "after")
+        return None
+
+    async def _commit(
+        self, rows: Sequence[Record], *, epoch: int | None = None, writes: Sequence[Write] = ()
+    ) -> CommitOutcome:
+        return await self._own.recorder.commit(
+            rows, writes=writes, epoch=epoch, run_id=self.plan.request.run_id, parent=self.cause
+        )
+
+    def _fault(self, event: str, step: Step, answer: Refused | Unanswered, attempt: int) -> None:
+        code, error = _said(answer)
+        self._own.exchange.tracer.fault(
+            event,
+            tx_id=self.plan.tx_id,
+            run_id=self.plan.request.run_id,
+            domain=step.name,
+            effect_id=step.effect_id,
+            attempt=attempt,
+            code=code,
+            error=error,
+        )
+
+
+def stood_on(steps: Sequence[Step], standing: Sequence[Step]) -> set[str]:
+    """The names of the domains that those ``standing`` came after, directly or by way of others."""
+    after = {step.name: step.after for step in steps}
+    found: set[str] = set()
+    waiting = [name for step in standing for name in step.after]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting.extend(after.get(name, ()))
+    return found
+
+
+def _said(answer: Refused | Unanswered) -> tuple[str, str]:
+    """What an answer that is no success is recorded as."""
+    code, error = (answer.code, answer.reason) if isinstance(answer, Refused) else (answer.code, answer.error)
+    return str(text(code)), str(text(error))
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

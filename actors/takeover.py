@@ -1,0 +1,153 @@
+"""Recovery of transactions: what a dead process or a crashed coordinator left in flight is claimed and gone on with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Protocol
+
+from actors.completion import Part, Plan
+from actors.recorder import Recorder
+from actors.reload import Row, reload
+from spine.governance.failpoints import CLAIM, Failpoint
+from spine.governance.transactions import DomainClass
+from spine.governance.units import Committed, Record
+from spine.kernel.errors import JournalError
+from spine.kernel.exchange import Exchange
+
+TICK_S = 1.0
+AT_ONCE = 16
+
+
+class Stranded(Protocol):
+    """A transaction in flight that nobody drives."""
+
+    @property
+    def tx_id(self) -> str: ...
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def tenant_id(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def previous(self) -> str | None: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def instance(self) -> str: ...
+
+
+class StrandedSource(Protocol):
+    """Where they are found."""
+
+    async def stranded(self, instances_dead_before_us: int, own: str) -> Sequence[Stranded]:
+        """The transactions in flight whose process is dead or is ``own``."""
+        ...
+
+    async def transaction_by_id(self, tx_id: str) -> Stranded | None:
+        """The attempt with this id."""
+        ...
+
+    async def run_rows(self, run_id: str) -> Sequence[Row]:
+        """The rows of the run in order."""
+        ...
+
+    async def unended(self) -> Mapping[str, int]:
+        """How many transactions are in which state that is not final."""
+        ...
+
+
+class Takeover:
+    """Claims stranded transactions, each under a new fencing token, and hands their plans to ``drive``."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        recorder: Recorder,
+        source: StrandedSource,
+        parts: Sequence[Part],
+        *,
+        instance: str,
+        failpoint: Failpoint,
+        unended: dict[str, int],
+        driven: Callable[[str], bool],
+        drive: Callable[[Plan], Awaitable[None]],
+    ) -> None:
+        self._exchange = exchange
+        self._recorder = recorder
+        self._source = source
+        self._parts = parts
+        self._outside = any(part.cls is DomainClass.EXTERNAL for part in parts)
+        self._instance = instance
+        self._failpoint = failpoint
+        self._driven = driven
+        self._drive = drive
+        # Those that are being gone on with, and those that never will be here.
+        self._known: set[str] = set()
+        self._unended = unended
+
+    async def keep(self, spawn: Callable[[Coroutine[Any, Any, None], str], object]) -> None:
+        """Look for stranded transactions until cancelled; each is gone on with in a task of its own."""
+        clock = self._exchange.clock
+        gate = asyncio.Semaphore(AT_ONCE)
+        while True:
+            try:
+                found = await self._source.unended()
+                self._unended.clear()
+                self._unended.update(found)
+                if found and self._outside:
+                    for row in await self._source.stranded(clock.time_us(), self._instance):
+                        if not self._driven(row.tx_id) and row.tx_id not in self._known:
+                            await gate.acquire()
+                            self._known.add(row.tx_id)
+                            spawn(self._resume(row, gate), f"takeover {row.tx_id}")
+            except JournalError as error:
+                self._exchange.tracer.fault("spine.takeover.unreadable", exc=error)
+            await clock.sleep_until(clock.monotonic() + TICK_S)
+
+    async def _resume(self, row: Stranded, gate: asyncio.Semaphore) -> None:
+        try:
+            if self._strange(reload(await self._source.run_rows(row.run_id), row, self._parts, self._instance)):
+                return
+            if await self._claim(row):
+                # Read again: whoever had it could still write until the claim.
+                claimed = await self._source.transaction_by_id(row.tx_id)
+                assert claimed is not None
+                rows = await self._source.run_rows(row.run_id)
+                await self._drive(reload(rows, claimed, self._parts, self._instance))
+            self._known.discard(row.tx_id)
+        except BaseException:
+            self._known.discard(row.tx_id)
+            raise
+        finally:
+            gate.release()
+
+    def _strange(self, plan: Plan) -> bool:
+        """Whether a domain takes part that only another application can ask."""
+        strange = [step.name for step in plan.steps if step.external and step.domain is None]
+        if strange:
+            self._exchange.tracer.fault(
+                "spine.transaction.strange",
+                tx_id=plan.tx_id,
+                run_id=plan.request.run_id,
+                domains=strange,
+                remedy="start a Spine that declares these domains: it goes on with the transaction",
+            )
+        return bool(strange)
+
+    async def _claim(self, row: Stranded) -> bool:
+        """Take the transaction over under a new fencing token; ``False`` when another process was faster."""
+        await self._failpoint(f"{CLAIM}.before")
+        facts: dict[str, Any] = {"tx_id": row.tx_id, "run_id": row.run_id, "epoch": row.epoch + 1}
+        fields = {**facts, "tenant_id": row.tenant_id, "instance": self._instance, "previous": row.instance}
+        claimed = Record("tx.claimed", self._exchange.clock.time_us(), fields)
+        if not isinstance(await self._recorder.commit([claimed], run_id=row.run_id), Committed):
+            return False
+        await self._failpoint(f"{CLAIM}.after")
+        self._exchange.tracer.life("spine.transaction.claimed", **facts, state=row.state)
+        return True
