@@ -19,7 +19,7 @@ from actors.records import text
 from spine.domains import Refused
 from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
-from spine.governance.transactions import UNDONE_FROM, StepState, TransactionResult, TxState
+from spine.governance.transactions import INTERRUPTED, UNDONE_FROM, StepState, TransactionResult, TxState
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, Write
 from spine.kernel.errors import SpineError
 from spine.kernel.exchange import Exchange
@@ -157,7 +157,7 @@ class Saga:
         domain, allowed = step.domain, attempts_of(step.domain)
         if sent and await self._status(step) == TOMBSTONED:
             return Unanswered("TOMBSTONED", f"domain {step.name!r} has undone this effect already")
-        answer: Answer = Unanswered("INTERRUPTED", f"the process ended before domain {step.name!r} had answered")
+        answer: Answer = Unanswered(INTERRUPTED, f"the process ended before domain {step.name!r} had answered")
         for attempt in range(sent + 1, allowed + 1):
             if attempt > sent + 1:
                 await self._pause(attempt - 1)
@@ -270,7 +270,7 @@ class Saga:
             return await call
         except asyncio.CancelledError:
             if call.cancelled() and self._stopping and not _cancelling():
-                return Unanswered("CANCELLED", f"the Spine stopped while domain {step.name!r} was asked")
+                return Unanswered(INTERRUPTED, f"the Spine stopped while domain {step.name!r} was asked")
             call.cancel()
             raise
         finally:
