@@ -235,9 +235,10 @@ def guard_failed(plan: Plan, guard: str, found: int, required: int) -> None:
     number = int(guard.removeprefix("write ").partition(":")[0])
     for step in plan.steps:
         if number < len(step.writes):
-            error = f"its write changed {found} rows where {required} are required ({guard})"
+            counted = guard.endswith(step.writes[number].sql)
+            error = f"its write changed {found} rows where {required} are required" if counted else "its write failed"
             step.state = StepState.INTENT
-            fail(plan, step, StepState.REFUSED, "WRITE_GUARD", error, None)
+            fail(plan, step, StepState.REFUSED, "WRITE_GUARD", f"{error} ({guard})", None)
             return
         number -= len(step.writes)
     raise SpineError(f"transaction {plan.tx_id}: {guard} belongs to no domain")

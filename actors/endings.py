@@ -44,6 +44,24 @@ def stored(result: TransactionResult, tx_id: str, rows: Sequence[Mapping[str, An
     return result
 
 
+def invalid(request: CompleteRun, problems: Sequence[str]) -> TransactionFailed:
+    """The error of a request whose fields cannot be recorded."""
+    return TransactionFailed(
+        f"run {request.run_id!r} was not completed: {'; '.join(problems)}",
+        TransactionPhase.NOT_STARTED,
+        code="INVALID_PARAMS",
+    )
+
+
+def foreign(request: CompleteRun) -> TransactionFailed:
+    """The error of a completion by another tenant."""
+    return TransactionFailed(
+        f"run {request.run_id!r} belongs to another tenant, not to {request.tenant_id!r}",
+        TransactionPhase.NOT_STARTED,
+        code="TENANT_MISMATCH",
+    )
+
+
 def not_committed(request: CompleteRun, prior: TransactionRow) -> TransactionFailed:
     """The error of a completion that waits, parked, for an operator."""
     return TransactionFailed(

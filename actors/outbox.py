@@ -228,7 +228,7 @@ class Outbox:
         if not delivery.first_try.done():
             delivery.first_try.set_result(isinstance(recorded, Committed))
 
-    async def _publish(self, event: Event, attempt: int) -> Exception | None:
+    async def _publish(self, event: Event, attempt: int) -> BaseException | None:
         moment = of_call("post") if event.type.startswith(POST) else PUBLISH
         await self._failpoint(f"{moment}.before")
         try:
@@ -237,7 +237,9 @@ class Outbox:
             else:
                 with anyio.fail_after(PUBLISH_S):
                     await self._publisher.publish(event)
-        except Exception as error:  # noqa: BLE001  foreign code: its failure is logged and tried again
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001  foreign code: whatever it raises is logged and tried again
             return error
         await self._failpoint(f"{moment}.after")
         return None

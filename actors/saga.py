@@ -16,6 +16,7 @@ from actors.completion import Plan, Step, as_json, described, fail, fail_with, g
 from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
 from actors.recorder import Recorder
 from actors.records import text
+from actors.transaction_log import TransactionLog
 from spine.domains import Refused
 from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
@@ -57,6 +58,7 @@ class Driving:
     failpoint: Failpoint
     retry: Retrying
     counts: dict[str, int]
+    log: TransactionLog
     unmet: Callable[[Plan], Awaitable[str | None]]
 
 
@@ -86,6 +88,7 @@ class Saga:
         await self._pass(moments, "before")
         outcome = await self._commit([*plan.start, records.begun(plan)], epoch=plan.governance_epoch)
         if isinstance(outcome, Committed):
+            self._own.log.begun(self.cause, plan)
             await self._pass(moments, "after")
         return outcome
 
@@ -129,7 +132,7 @@ class Saga:
                 fail_with(plan, step, error)
                 return
             intent = records.moved(plan, step, "intend", self._clock.time_us(), descriptor=step.descriptor)
-            await self._write([of_step("intend")], [intent])
+            await self._move(step, "intend", [intent])
         answer = await self._send(step, sent)
         match answer:
             case Answered():
@@ -150,7 +153,7 @@ class Saga:
             return
         at = self._clock.time_us()
         done = records.moved(plan, step, "done", at, result=step.result)
-        await self._write([of_step("done")], [done, records.delivered(plan, step, at)])
+        await self._move(step, "done", [done, records.delivered(plan, step, at)])
 
     async def _send(self, step: Step, sent: int) -> Answer:
         """Call the domain until it answers or its attempts are used up."""
@@ -192,6 +195,7 @@ class Saga:
             move = failed.state.value.lower()
             moments.insert(0, of_step(move))
             rows.insert(0, records.step_record(plan, failed, move, at))
+            self._own.log.moved(self.cause, plan, failed, move)
         await self._write(moments, rows)
 
     async def _compensate(self) -> None:
@@ -220,17 +224,17 @@ class Saga:
         plan, again = self.plan, step.state in (StepState.RB_INTENT, StepState.PARKED)
         if step.state is not StepState.RB_INTENT:
             intent = records.moved(plan, step, "undo", self._clock.time_us())
-            await self._write([of_step("undo")], [intent])
+            await self._move(step, "undo", [intent])
         attempts, said = 0, "TOMBSTONED"
         if not again or await self._status(step) != TOMBSTONED:
             attempts, said = await self._roll_back(step)
         at = self._clock.time_us()
         if not said:
             parked = records.moved(plan, step, "park", at, attempts=attempts)
-            await self._write([of_step("park")], [parked])
+            await self._move(step, "park", [parked])
             return False
         undone = records.rolled_back(plan, step, at, reason=reason, attempts=attempts)
-        await self._write([of_step("undone")], undone)
+        await self._move(step, "undone", undone)
         self._own.counts["compensated"] += 1
         return True
 
@@ -292,6 +296,11 @@ class Saga:
     async def _pass(self, moments: Sequence[str], when: str) -> None:
         for moment in moments:
             await self._own.failpoint(f"{moment}.{when}")
+
+    async def _move(self, step: Step, move: str, rows: Sequence[Record]) -> None:
+        """Have a step's move committed, and told in the log."""
+        await self._write([of_step(move)], rows)
+        self._own.log.moved(self.cause, self.plan, step, move)
 
     async def _write(
         self, moments: Sequence[str], rows: Sequence[Record], writes: Sequence[Write] = ()

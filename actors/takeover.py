@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from actors.completion import Part, Plan
 from actors.recorder import Recorder
-from actors.reload import Row, reload
+from actors.reload import KINDS, Row, reload
 from spine.governance.failpoints import CLAIM, Failpoint
 from spine.governance.transactions import DomainClass
 from spine.governance.units import Committed, Record
@@ -53,8 +53,8 @@ class StrandedSource(Protocol):
         """The attempt with this id."""
         ...
 
-    async def run_rows(self, run_id: str) -> Sequence[Row]:
-        """The rows of the run in order."""
+    async def run_rows(self, run_id: str, *kinds: str) -> Sequence[Row]:
+        """The rows of the run in order; of these kinds if some are named."""
         ...
 
     async def unended(self) -> Mapping[str, int]:
@@ -112,13 +112,13 @@ class Takeover:
 
     async def _resume(self, row: Stranded, gate: asyncio.Semaphore) -> None:
         try:
-            if self._strange(reload(await self._source.run_rows(row.run_id), row, self._parts, self._instance)):
+            if self._strange(reload(await self._source.run_rows(row.run_id, *KINDS), row, self._parts, self._instance)):
                 return
             if await self._claim(row):
                 # Read again: whoever had it could still write until the claim.
                 claimed = await self._source.transaction_by_id(row.tx_id)
                 assert claimed is not None
-                rows = await self._source.run_rows(row.run_id)
+                rows = await self._source.run_rows(row.run_id, *KINDS)
                 await self._drive(reload(rows, claimed, self._parts, self._instance))
             self._known.discard(row.tx_id)
         except BaseException:

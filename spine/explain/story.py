@@ -90,6 +90,7 @@ class Story:
     published: set[str] = field(default_factory=set)
     rows: int = 0
     refusals: int = 0
+    refused_completions: int = 0
 
     def latest(self) -> list[Attempt]:
         """The latest attempt of each completion key, oldest first: an earlier attempt no longer speaks for the run."""
@@ -159,6 +160,7 @@ def _sort(story: Story, row: JournalRow, kind: str) -> None:
         story.published.update(str(event_id) for event_id in items_of(body, "event_ids"))
     elif kind == "tx.refused":
         story.refused_completion = row
+        story.refused_completions += 1
     elif kind.startswith("tx."):
         _sort_tx(story, row, kind)
 
