@@ -284,7 +284,7 @@ class Attempts:
             case GuardFailed():
                 return False
             case StorageFailed():
-                raise endings.unavailable(plan.request, outcome.error)
+                raise endings.unavailable(plan.request, outcome.error, unknown=outcome.unknown)
             case _:
                 assert_never(outcome)
 

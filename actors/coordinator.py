@@ -36,7 +36,7 @@ from spine.kernel.tasks import Tasks
 from spine.publisher import Publisher
 
 NAME = "coordinator"
-STOP_S = 4.0
+STOP_S = 3.0
 COUNTED = (
     "committed",
     "aborted",

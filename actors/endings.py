@@ -119,11 +119,16 @@ def conflict(request: CompleteRun, prior: TransactionRow, digest: str) -> Comple
     )
 
 
-def unavailable(request: CompleteRun, detail: str) -> TransactionFailed:
-    """The error of a completion whose record is not taken."""
-    return TransactionFailed(
-        f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free "
-        "its storage and complete the run again",
-        TransactionPhase.FAILED,
-        code="JOURNAL_UNAVAILABLE",
-    )
+def unavailable(request: CompleteRun, detail: str, *, unknown: bool = False) -> TransactionFailed:
+    """The error of a completion whose record is not taken, or of which it is ``unknown`` whether it was."""
+    if unknown:
+        message = (
+            f"it is not known whether run {request.run_id!r} was completed: {detail}; complete the run again, what stands "
+            "is told then"
+        )
+    else:
+        message = (
+            f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free its "
+            "storage and complete the run again"
+        )
+    return TransactionFailed(message, TransactionPhase.FAILED, code="JOURNAL_UNAVAILABLE")
