@@ -123,12 +123,12 @@ def unavailable(request: CompleteRun, detail: str, *, unknown: bool = False) -> 
     """The error of a completion whose record is not taken, or of which it is ``unknown`` whether it was."""
     if unknown:
         message = (
-            f"it is not known whether run {request.run_id!r} was completed: {detail}; complete the run again, what stands "
-            "is told then"
+            f"it is not known whether run {request.run_id!r} was completed: {detail}; complete the run again, what "
+            "stands is told then"
         )
     else:
         message = (
-            f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free its "
-            "storage and complete the run again"
+            f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free "
+            "its storage and complete the run again"
         )
     return TransactionFailed(message, TransactionPhase.FAILED, code="JOURNAL_UNAVAILABLE")
