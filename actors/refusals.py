@@ -91,7 +91,8 @@ class Refusals:
         record = Record("tx.refused", self._deps.exchange.clock.time_us(), fields)
         tracer = self._deps.exchange.tracer
         if tracer.decisions:
-            tracer.decision("spine.transaction.refused", actor="coordinator", **tracer.identity(envelope), **fields)
+            facts = {name: fields[name] for name in ("tenant_id", "completion_key", "code", "reason")}
+            tracer.decision("spine.transaction.refused", actor="coordinator", **tracer.identity(envelope), **facts)
         outcome = await self._recorder.commit([*start, record], run_id=sound["run_id"], parent=envelope)
         if start and isinstance(outcome, Committed):
             self._deps.runs.started(request.run_id, request.tenant_id)
