@@ -125,7 +125,7 @@ class Saga:
         if step.state is StepState.PLANNED:
             try:
                 step.descriptor = described(plan, step)
-            except Exception as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
+            except BaseException as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
                 fail_with(plan, step, error)
                 return
             intent = records.moved(plan, step, "intend", self._clock.time_us(), descriptor=step.descriptor)
