@@ -26,6 +26,7 @@ from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
+from spine.kernel.tasks import cancelling
 from spine.publisher import Event
 
 _WRITES = "write "
@@ -269,7 +270,7 @@ class Saga:
         try:
             return await call
         except asyncio.CancelledError:
-            if call.cancelled() and self._stopping and not _cancelling():
+            if call.cancelled() and self._stopping and not cancelling():
                 return Unanswered("CANCELLED", f"the Spine stopped while domain {step.name!r} was asked")
             call.cancel()
             raise
@@ -344,8 +345,3 @@ def _said(answer: Refused | Unanswered) -> tuple[str, str]:
     """What an answer that is no success is recorded as."""
     code, error = (answer.code, answer.reason) if isinstance(answer, Refused) else (answer.code, answer.error)
     return str(text(code)), str(text(error))
-
-
-def _cancelling() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
