@@ -147,7 +147,8 @@ class Attempts:
                     continue
                 if prior is not None and prior.state not in (TxState.ABORTED, TxState.ABORTED_MANUAL):
                     return await self._stored(request, prior, digest)
-                await self._may_begin(envelope, request, starts=owner is None)
+                if not await self._may_begin(envelope, request, starts=owner is None):
+                    continue
                 plan = await self._plan(request, prior, digest, starts=owner is None)
                 ended = await (
                     self._saga(envelope, plan, began) if plan.external else self._at_once(envelope, plan, began)
@@ -170,11 +171,14 @@ class Attempts:
 
     # -- whether it may begin
 
-    async def _may_begin(self, envelope: Envelope, request: CompleteRun, *, starts: bool) -> None:
-        """Refuse, before any effect and on the record, what could not be undone or must not begin."""
+    async def _may_begin(self, envelope: Envelope, request: CompleteRun, *, starts: bool) -> bool:
+        """Refuse, before any effect and on the record, what could not be undone or must not begin.
+
+        ``False`` when the run was started by somebody else meanwhile, so that it must be looked at again.
+        """
         refusal = await self._refusal(request)
         if refusal is None:
-            return
+            return True
         now, code = self._exchange.clock.time_us(), getattr(refusal, "code", None) or "ROLLBACK_NOT_SUPPORTED"
         fields = {
             "run_id": request.run_id,
@@ -185,7 +189,9 @@ class Attempts:
         }
         rows = [*self._start(request, now, starts=starts), Record("tx.refused", now, fields)]
         outcome = await self._driving.recorder.commit(rows, run_id=request.run_id, parent=envelope)
-        if isinstance(outcome, Committed) and starts:
+        if not await self._settled(request, outcome):
+            return False
+        if starts:
             self._deps.runs.started(request.run_id, request.tenant_id)
         raise refusal
 
@@ -254,7 +260,7 @@ class Attempts:
         saga = Saga(self._driving, plan, envelope)
         self._sagas[plan.tx_id] = saga
         try:
-            if not await self._settled(plan, await saga.begin()):
+            if not await self._settled(plan.request, await saga.begin()):
                 return None
             self._started(plan)
             result = await self._drive(saga)
@@ -292,7 +298,7 @@ class Attempts:
             if isinstance(outcome, GuardFailed) and outcome.guard.startswith("write "):
                 plan.state = TxState.EXECUTING
                 completion.guard_failed(plan, outcome.guard, outcome.found, outcome.required)
-            elif not await self._settled(plan, outcome):
+            elif not await self._settled(plan.request, outcome):
                 return None
             else:
                 self._driving.counts["committed"] += 1
@@ -301,7 +307,9 @@ class Attempts:
                 return await self._publish(envelope, result, events)
         rows = records.aborting(plan, plan.at)
         ended, result = records.aborted(plan, plan.at)
-        if not await self._settled(plan, await self._commit(envelope, plan, ["abort", "compensated"], [*rows, *ended])):
+        if not await self._settled(
+            plan.request, await self._commit(envelope, plan, ["abort", "compensated"], [*rows, *ended])
+        ):
             return None
         self._driving.counts["aborted"] += 1
         self._started(plan)
@@ -327,7 +335,7 @@ class Attempts:
                 await self._driving.failpoint(f"{moment}.after")
         return outcome
 
-    async def _settled(self, plan: Plan, outcome: CommitOutcome) -> bool:
+    async def _settled(self, request: CompleteRun, outcome: CommitOutcome) -> bool:
         """Whether it is written; ``False`` when it must be planned again. Raises when it never will be."""
         match outcome:
             case Committed():
@@ -336,11 +344,11 @@ class Attempts:
                 await self._deps.switch.refresh()
                 return False
             case GuardFailed() if outcome.guard.startswith(UNWRITABLE):
-                raise endings.unavailable(plan.request, f"the record cannot be written: {outcome.guard}")
+                raise endings.unavailable(request, f"the record cannot be written: {outcome.guard}")
             case GuardFailed():
                 return False
             case StorageFailed():
-                raise endings.unavailable(plan.request, outcome.error)
+                raise endings.unavailable(request, outcome.error)
             case _:
                 assert_never(outcome)
 
