@@ -145,7 +145,9 @@ class Attempts:
                     continue
                 if (refusal := await self._refusals.of(request)) is not None:
                     start = self._start(request, self._exchange.clock.time_us(), starts=owner is None)
-                    raise await self._refusals.told(envelope, request, refusal, start)
+                    if await self._refusals.recorded(envelope, request, refusal, start):
+                        raise refusal
+                    continue
                 plan = await self._plan(request, prior, digest, starts=owner is None)
                 ended = await (
                     self._saga(envelope, plan, began) if plan.external else self._at_once(envelope, plan, began)
@@ -198,7 +200,7 @@ class Attempts:
         saga = Saga(self._driving, plan, envelope)
         self._sagas[plan.tx_id] = saga
         try:
-            if not await self._settled(plan, await saga.begin()):
+            if not await self._settled(plan.request, await saga.begin()):
                 return None
             self._started(plan)
             result = await self._drive(saga)
@@ -236,7 +238,7 @@ class Attempts:
             if isinstance(outcome, GuardFailed) and outcome.guard.startswith("write "):
                 plan.state = TxState.EXECUTING
                 completion.guard_failed(plan, outcome.guard, outcome.found, outcome.required)
-            elif not await self._settled(plan, outcome):
+            elif not await self._settled(plan.request, outcome):
                 return None
             else:
                 self._driving.counts["committed"] += 1
@@ -245,7 +247,9 @@ class Attempts:
                 return await self._publish(envelope, result, events)
         rows = records.aborting(plan, plan.at)
         ended, result = records.aborted(plan, plan.at)
-        if not await self._settled(plan, await self._commit(envelope, plan, ["abort", "compensated"], [*rows, *ended])):
+        if not await self._settled(
+            plan.request, await self._commit(envelope, plan, ["abort", "compensated"], [*rows, *ended])
+        ):
             return None
         self._driving.counts["aborted"] += 1
         self._started(plan)
@@ -271,7 +275,7 @@ class Attempts:
                 await self._driving.failpoint(f"{moment}.after")
         return outcome
 
-    async def _settled(self, plan: Plan, outcome: CommitOutcome) -> bool:
+    async def _settled(self, request: CompleteRun, outcome: CommitOutcome) -> bool:
         """Whether it is written; ``False`` when it must be planned again. Raises when it never will be."""
         match outcome:
             case Committed():
@@ -280,11 +284,11 @@ class Attempts:
                 await self._deps.switch.refresh()
                 return False
             case GuardFailed() if outcome.guard.startswith(UNWRITABLE):
-                raise endings.unavailable(plan.request, f"the record cannot be written: {outcome.guard}")
+                raise endings.unavailable(request, f"the record cannot be written: {outcome.guard}")
             case GuardFailed():
                 return False
             case StorageFailed():
-                raise endings.unavailable(plan.request, outcome.error, unknown=outcome.unknown)
+                raise endings.unavailable(request, outcome.error, unknown=outcome.unknown)
             case _:
                 assert_never(outcome)
 

@@ -98,6 +98,7 @@ class Coordinator(Actor):
             own.publisher,
             posts=posts,
             redeliver=own.redeliver,
+            calls=self._calls,
             failpoint=own.failpoint,
             instance=deps.instance,
             counts=own.counts,

@@ -60,7 +60,8 @@ class Parking:
         fields = {
             **records.identity(plan),
             "state": TxState.COMPENSATING.value,
-            "instance": self._instance,
+            # Nobody's until it is claimed: this Spine may live on and not have the domains.
+            "instance": "",
             "reason": text(request.reason),
             "actor": text(request.actor),
         }

@@ -27,6 +27,7 @@ from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
+from spine.kernel.tasks import cancelling
 from spine.publisher import Event
 
 _WRITES = "write "
@@ -128,7 +129,7 @@ class Saga:
         if step.state is StepState.PLANNED:
             try:
                 step.descriptor = described(plan, step)
-            except Exception as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
+            except BaseException as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
                 fail_with(plan, step, error)
                 return
             intent = records.moved(plan, step, "intend", self._clock.time_us(), descriptor=step.descriptor)
@@ -273,7 +274,7 @@ class Saga:
         try:
             return await call
         except asyncio.CancelledError:
-            if call.cancelled() and self._stopping and not _cancelling():
+            if call.cancelled() and self._stopping and not cancelling():
                 return Unanswered(INTERRUPTED, f"the Spine stopped while domain {step.name!r} was asked")
             call.cancel()
             raise
@@ -353,8 +354,3 @@ def _said(answer: Refused | Unanswered) -> tuple[str, str]:
     """What an answer that is no success is recorded as."""
     code, error = (answer.code, answer.reason) if isinstance(answer, Refused) else (answer.code, answer.error)
     return str(text(code)), str(text(error))
-
-
-def _cancelling() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
