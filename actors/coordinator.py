@@ -1,7 +1,8 @@
 """The coordinator: completes runs, all domains or none, and records what workers report about them.
 
-It understands ``CompleteRun``, ``CreatePolicyEvaluation`` and ``EmitLesson``. Each continues in an owned task; a
-completion is planned by its domains, committed as one unit, and its events are handed to the outbox after the commit.
+It understands ``CompleteRun``, ``CreatePolicyEvaluation``, ``EmitLesson`` and ``Acknowledge``. Each continues in an
+owned task; a completion is planned by its domains, committed as one unit, and its events are handed to the outbox
+after the commit.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from actors.reports import Reports
 from actors.starts import implicit_start
 from spine.domains import Participant, RunFacts
 from spine.governance.authority import check_start
+from spine.governance.contract import Acknowledge
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.transactions import (
     CompleteRun,
@@ -46,7 +48,7 @@ STOP_S = 4.0
 # How long a completion waits for the first delivery of its events before it answers without it.
 FIRST_DELIVERY_S = 1.0
 COUNTED = ("committed", "aborted", "events_published", "events_failed")
-Message = CompleteRun | CreatePolicyEvaluation | EmitLesson
+Message = CompleteRun | CreatePolicyEvaluation | EmitLesson | Acknowledge
 
 
 class TransactionRow(Protocol):
@@ -151,6 +153,8 @@ class Coordinator(Actor):
                 self._tasks.answer(envelope, self._reports.evaluation(envelope, message))
             case EmitLesson():
                 self._tasks.answer(envelope, self._reports.lesson(envelope, message))
+            case Acknowledge():
+                self._tasks.answer(envelope, self._reports.acknowledge(envelope, message))
             case _:
                 assert_never(message)
 

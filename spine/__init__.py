@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from spine.domains import RunFacts as RunFacts
     from spine.governance.authority import AuthorityDecision as AuthorityDecision
     from spine.governance.authority import GovernanceState as GovernanceState
+    from spine.governance.contract import ContractError as ContractError
+    from spine.governance.contract import Reconciliation as Reconciliation
     from spine.governance.operations import OperationContext as OperationContext
     from spine.governance.operations import OperationResult as OperationResult
     from spine.governance.transactions import CompletionConflict as CompletionConflict
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "AuthorityDecision": "spine.governance.authority",
     "CompletionConflict": "spine.governance.transactions",
+    "ContractError": "spine.governance.contract",
     "Event": "spine.publisher",
     "GovernanceState": "spine.governance.authority",
     "Local": "spine.domains",
     "OperationContext": "spine.governance.operations",
     "OperationResult": "spine.governance.operations",
     "Publisher": "spine.publisher",
+    "Reconciliation": "spine.governance.contract",
     "Refused": "spine.domains",
     "RollbackNotSupportedError": "spine.governance.transactions",
     "RunFacts": "spine.domains",

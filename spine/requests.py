@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spine.governance.authority import AuthorityDecision, GovernanceState
+from spine.governance.contract import Acknowledge, ReconcileRun
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.operations import (
     Execute,
@@ -37,6 +38,8 @@ RECIPIENTS: Mapping[type, str] = {
     CompleteRun: "coordinator",
     CreatePolicyEvaluation: "coordinator",
     EmitLesson: "coordinator",
+    Acknowledge: "coordinator",
+    ReconcileRun: "audit",
 }
 
 

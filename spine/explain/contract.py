@@ -2,11 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from spine.explain.story import Story, items_of, text_of
-from spine.governance.contract import Ack, AckStatus, Due, Expectation, reconcile
+from spine.explain.story import JournalRow, Story, items_of, text_of
+from spine.governance.contract import PENDING, Ack, AckStatus, Due, Expectation, reconcile
+
+
+@dataclass(slots=True)
+class Contract:
+    """What the rows of a run tell of its contract.
+
+    ``standing`` is the verdict that row ``seq`` recorded last; it holds by itself until ``due_at`` (unix microseconds,
+    ``None`` for always). ``block_unmet`` tells that the run commits only when everything promised is delivered.
+    """
+
+    run_id: str
+    tenant_id: str
+    dues: tuple[Due, ...]
+    acks: list[Ack]
+    standing: str
+    due_at: int | None
+    seq: int
+    block_unmet: bool
+
+
+def read_contract(rows: Iterable[JournalRow]) -> Contract | None:
+    """Read the contract from rows of one run in journal order, or ``None`` when its start is not among them."""
+    found: Contract | None = None
+    for row in rows:
+        body, kind = row.body, row.body.get("kind")
+        if found is None:
+            if kind == "run.started":
+                found = _started(row)
+        elif text_of(body, "tenant_id") != found.tenant_id:
+            continue
+        elif kind == "ack":
+            found.acks += _acks([row])
+        elif kind == "contract.reconciled":
+            found.standing, found.due_at, found.seq = str(body.get("overall")), _moment(body.get("due_at")), row.seq
+    return found
+
+
+def _started(row: JournalRow) -> Contract:
+    body = row.body
+    return Contract(
+        run_id=text_of(body, "run_id") or "",
+        tenant_id=text_of(body, "tenant_id") or "",
+        dues=_dues(body),
+        acks=[],
+        standing=PENDING,
+        due_at=_moment(body.get("due_at")),
+        seq=row.seq,
+        block_unmet=body.get("block_unmet") is True,
+    )
 
 
 def contract(story: Story, *, now_us: int) -> dict[str, Any] | None:
@@ -17,11 +68,10 @@ def contract(story: Story, *, now_us: int) -> dict[str, Any] | None:
     """
     if story.started is None:
         return None
-    declared = items_of(story.started.body, "expectations")
-    dues = [due for due in (_due(entry, story.started.body.get("at")) for entry in declared) if due is not None]
+    dues = _dues(story.started.body)
     if not dues:
         return None
-    found = reconcile(dues, [ack for ack in (_ack(row.body) for row in story.acks) if ack is not None], now_us)
+    found = reconcile(dues, _acks(story.acks), now_us)
     verdicts = {
         (finding.domain, finding.action): finding.verdict
         for findings in (found.missing, found.failed, found.stale, found.pending)
@@ -38,6 +88,19 @@ def _entry(domain: str, action: str, deadline_at: int | None, status: str) -> di
     return {"domain": domain, "action": action, "deadline_at": deadline_at, "status": status}
 
 
+def _dues(started: Mapping[str, Any]) -> tuple[Due, ...]:
+    found = (_due(entry, started.get("at")) for entry in items_of(started, "expectations"))
+    return tuple(due for due in found if due is not None)
+
+
+def _acks(rows: Iterable[JournalRow]) -> list[Ack]:
+    return [ack for ack in (_ack(row.body) for row in rows) if ack is not None]
+
+
+def _moment(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
 def _due(entry: Any, started_at: Any) -> Due | None:
     """The promise as recorded; ``None`` for an entry that is no promise, which only forgery leaves."""
     if not isinstance(entry, Mapping):
@@ -48,7 +111,7 @@ def _due(entry: Any, started_at: Any) -> Due | None:
     deadline_at, seconds = entry.get("deadline_at"), entry.get("deadline_s")
     if isinstance(deadline_at, int):
         return Due(domain, action, deadline_at)
-    if isinstance(seconds, int | float) and isinstance(started_at, int):
+    if isinstance(seconds, int | float) and math.isfinite(seconds) and isinstance(started_at, int):
         return Expectation(domain, action, seconds).due(started_at)
     return None
 

@@ -1,13 +1,36 @@
-"""The runtime audit contract: what a run promised, what was acknowledged, and the verdict."""
+"""The runtime audit contract: what a run promised, what was acknowledged, the verdict, and the requests about it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
+from spine.kernel.errors import SpineError
+from spine.kernel.messages import Request
+
+START_TRACE: Final = ("logs", "start_trace")
 FINALIZE: Final = ("orchestrator", "finalize_run")
+# What a contract stands at until something but the time left to it decides.
+PENDING: Final = "PENDING"
+# The journal rows that tell of a run's contract.
+CONTRACT_KINDS: Final = ("run.started", "ack", "contract.reconciled")
+
+
+class ContractError(SpineError):
+    """A report or question about a contract that is not taken.
+
+    ``code`` is INVALID_PARAMS, UNKNOWN_RUN or TENANT_MISMATCH.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ContractError], tuple[str, str]]:
+        return (type(self), (self.code, self.reason))
 
 
 class AckStatus(StrEnum):
@@ -65,7 +88,7 @@ class Ack:
 
 
 STANDARD: Final = (
-    Expectation("logs", "start_trace", 60.0),
+    Expectation(*START_TRACE, 60.0),
     Expectation("incidents", "create_incident"),
     Expectation("policies", "evaluate_policy"),
     Expectation(*FINALIZE),
@@ -100,6 +123,10 @@ class Finding:
         """The JSON form."""
         return {"domain": self.domain, "action": self.action, "verdict": self.verdict, "error": self.error}
 
+    def __str__(self) -> str:
+        """For messages: ``billing/charge failed: card declined``."""
+        return f"{self.domain}/{self.action} {self.verdict}" + (f": {self.error}" if self.error else "")
+
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
@@ -116,6 +143,12 @@ class Reconciliation:
     failed: tuple[Finding, ...] = ()
     stale: tuple[Finding, ...] = ()
     pending: tuple[Finding, ...] = ()
+
+    @property
+    def standing(self) -> str:
+        """The verdict as the journal keeps it: PENDING as long as nothing is found but what still has time."""
+        found = self.missing or self.failed or self.stale
+        return PENDING if self.pending and not found else self.overall.value
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -157,10 +190,14 @@ def _listen(acks: Iterable[Ack]) -> dict[tuple[str, str], _Heard]:
     return heard
 
 
+def _delivered(heard: dict[tuple[str, str], _Heard], key: tuple[str, str]) -> bool:
+    return key in heard and heard[key].delivered
+
+
 def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> Reconciliation:
     """Compare what was promised with what was acknowledged, as of ``now_us`` (unix microseconds)."""
     heard = _listen(acks)
-    finalised = FINALIZE in heard and heard[FINALIZE].delivered
+    finalised = _delivered(heard, FINALIZE)
     missing: list[Finding] = []
     failed: list[Finding] = []
     stale: list[Finding] = []
@@ -168,7 +205,7 @@ def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> 
     for due in expectations:
         key = (due.domain, due.action)
         entry = heard.get(key)
-        if entry is not None and entry.delivered:
+        if _delivered(heard, key):
             continue
         late = now_us > due.deadline_at
         if key == FINALIZE and late:
@@ -188,3 +225,60 @@ def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> 
     else:
         overall = Overall.COMPLETE
     return Reconciliation(overall, tuple(missing), drift, tuple(failed), tuple(stale), tuple(pending))
+
+
+def next_due(expectations: Iterable[Due], acks: Iterable[Ack], now_us: int) -> int | None:
+    """The moment (unix microseconds) until which ``reconcile`` gives what it gives at ``now_us``, without a new word.
+
+    ``None`` when time alone changes nothing any more.
+    """
+    heard = _listen(acks)
+    if _delivered(heard, FINALIZE):
+        return None
+    # A failed finalize_run turns stale when its time is over; whatever else failed stays failed.
+    return min(
+        (
+            due.deadline_at
+            for due in expectations
+            if due.deadline_at >= now_us
+            and ((due.domain, due.action) == FINALIZE or (due.domain, due.action) not in heard)
+        ),
+        default=None,
+    )
+
+
+def unmet(
+    expectations: Iterable[Due], acks: Iterable[Ack], taking_part: Collection[tuple[str, str]] = ()
+) -> tuple[Finding, ...]:
+    """What a run that blocks on its contract still lacks, whatever time is left.
+
+    Not asked for are finalize_run and ``taking_part``, the (domain, action) that the completion itself acknowledges.
+    """
+    heard = _listen(acks)
+    found = []
+    for due in expectations:
+        key = (due.domain, due.action)
+        if key == FINALIZE or key in taking_part or _delivered(heard, key):
+            continue
+        found.append(Finding(*key, "failed", heard[key].error) if key in heard else Finding(*key, "missing"))
+    return tuple(found)
+
+
+@dataclass(slots=True)
+class ReconcileRun(Request[Reconciliation]):
+    """Judge a run's contract now; what changed is recorded."""
+
+    run_id: str
+
+
+@dataclass(slots=True)
+class Acknowledge(Request[None]):
+    """A domain's own report; ``status`` is one of ``AckStatus``."""
+
+    run_id: str
+    tenant_id: str
+    domain: str
+    action: str
+    status: str = AckStatus.SUCCESS.value
+    result_id: str | None = None
+    error: str | None = None

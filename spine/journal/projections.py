@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import orjson
 
+from spine.governance.contract import PENDING
 from spine.journal.statements import Params, Statement, delete, insert, update
 
 Operation = tuple[Statement, Params]
@@ -22,6 +23,8 @@ GUARD_DECISION: Final = "decision claim"
 GUARD_DECISION_OPEN: Final = "decision open"
 GUARD_KEY_OPEN: Final = "idempotency open"
 GUARD_EXPECTATION: Final = "expectation claim"
+GUARD_CONTRACT: Final = "contract claim"
+GUARD_VERDICT: Final = "contract verdict"
 GUARD_STEP: Final = "step"
 GUARD_ACKNOWLEDGEMENT: Final = "acknowledgement"
 GUARD_EVENT: Final = "event claim"
@@ -78,6 +81,7 @@ INSERT_ROW: Final = {
     table: insert(table, 9 + place, GUARD_ROW, " ".join((*DOMAIN_COLUMNS, "seq")))
     for place, table in enumerate(DOMAIN_TABLES)
 }
+INSERT_CONTRACT: Final = insert("contracts", 18, GUARD_CONTRACT, "run_id overall due_at seq")
 UPDATE_GOVERNANCE: Final = update(
     "governance",
     20,
@@ -120,6 +124,9 @@ END_RUN: Final = update(
     key=(5,),
 )
 PUBLISH_EVENT: Final = update("outbox", 25, GUARD_EVENT_KNOWN, "state = 'published'", "event_id = ?", key=(0,))
+UPDATE_CONTRACT: Final = update(
+    "contracts", 29, GUARD_VERDICT, "overall = ?, due_at = ?, seq = ?", "run_id = ? AND seq = ?", key=(3,)
+)
 CLOSE_DECISION: Final = delete("open_decisions", 30, GUARD_DECISION_OPEN, "decision_id", undoes=INSERT_DECISION)
 
 
@@ -134,7 +141,18 @@ def _run_started(fields: Fields, seq: int) -> list[Operation]:
     for promise in fields.get("expectations") or ():
         deadline_at = at + round(promise["deadline_s"] * 1_000_000)
         found.append((INSERT_EXPECTATION, (run_id, promise["domain"], promise["action"], deadline_at)))
+    due_at = fields.get("due_at")
+    if due_at is not None:
+        # None where nothing was promised, or where the unit that starts the run judges its contract too.
+        found.append((INSERT_CONTRACT, (run_id, PENDING, due_at, seq)))
     return found
+
+
+def _contract_reconciled(fields: Fields, seq: int) -> list[Operation]:
+    run_id, overall, due_at, previous = fields["run_id"], fields["overall"], fields["due_at"], fields["previous"]
+    if previous is None:
+        return [(INSERT_CONTRACT, (run_id, overall, due_at, seq))]
+    return [(UPDATE_CONTRACT, (overall, due_at, seq, run_id, previous))]
 
 
 def _decision(fields: Fields, seq: int) -> list[Operation]:
@@ -304,6 +322,7 @@ MAKERS: Final[Mapping[str, Callable[[Fields, int], list[Operation]]]] = {
     "tx.committed": _tx_ended,
     "tx.aborted": _tx_ended,
     "ack": _ack,
+    "contract.reconciled": _contract_reconciled,
     "event": _event,
     "event.published": _event_published,
     "policy.evaluation": _policy_evaluation,

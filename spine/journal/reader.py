@@ -15,6 +15,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from spine.governance.contract import CONTRACT_KINDS
 from spine.journal.chain import GENESIS, MAIN_PREFIX, STREAM, row_hash
 from spine.journal.engine import (
     FIND_META,
@@ -29,6 +30,7 @@ from spine.journal.engine import (
 from spine.journal.processes import closed, opened, surely_dead
 from spine.journal.rows import (
     Counts,
+    DueContract,
     GovernanceRow,
     HeadRow,
     IdempotencyRow,
@@ -134,6 +136,36 @@ class JournalReader:
         """Every journal row of the run, in order."""
         found = await self._all(f"SELECT {_ROW} FROM journal WHERE run_id = ? AND {_MAIN} ORDER BY seq", run_id)
         return [_row(values) for values in found]
+
+    async def contract_rows(self, run_id: str) -> list[Row]:
+        """The journal rows of the run that tell of its contract, in order."""
+        marks = ", ".join("?" * len(CONTRACT_KINDS))
+        found = await self._all(
+            f"SELECT {_ROW} FROM journal WHERE run_id = ? AND {_MAIN} AND kind IN ({marks}) ORDER BY seq",
+            run_id,
+            *CONTRACT_KINDS,
+        )
+        return [_row(values) for values in found]
+
+    async def due_contracts(
+        self, before_us: int, limit: int, *, after: tuple[int, str] | None = None
+    ) -> list[DueContract]:
+        """Up to ``limit`` contracts due before that time (unix microseconds), the earliest first.
+
+        ``after`` is the moment and run id to go on from.
+        """
+        where: list[str] = ["due_at < ?"]
+        values: list[Any] = [before_us]
+        if after is not None:
+            where.append("(due_at, run_id) > (?, ?)")
+            values += after
+        found = await self._all(
+            f"SELECT {_columns(DueContract)} FROM contracts WHERE {' AND '.join(where)} "
+            "ORDER BY due_at, run_id LIMIT ?",
+            *values,
+            limit,
+        )
+        return [DueContract(*values) for values in found]
 
     async def run_ids_like(self, prefix: str, limit: int = 10) -> list[str]:
         """Up to ``limit`` ids, sorted, of runs with journal rows that begin with ``prefix``."""
@@ -290,6 +322,7 @@ class JournalReader:
     async def counts(self) -> Counts:
         """How much there is of what."""
         states = dict(await self._pairs("SELECT state, count(*) FROM runs GROUP BY state"))
+        contracts = dict(await self._pairs("SELECT overall, count(*) FROM contracts GROUP BY overall"))
         events = dict(await self._pairs("SELECT state, count(*) FROM outbox GROUP BY state"))
         ((decisions, transactions),) = await self._all(
             "SELECT (SELECT count(*) FROM open_decisions), (SELECT count(*) FROM transactions)"
@@ -305,6 +338,10 @@ class JournalReader:
             transactions=transactions,
             events=sum(events.values()),
             events_pending=events.get("pending", 0),
+            contracts_pending=contracts.get("PENDING", 0),
+            contracts_complete=contracts.get("COMPLETE", 0),
+            contracts_incomplete=contracts.get("INCOMPLETE", 0),
+            contracts_stale=contracts.get("STALE", 0),
         )
 
     async def _pairs(self, sql: str) -> list[tuple[str, int]]:

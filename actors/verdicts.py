@@ -1,0 +1,74 @@
+"""The verdict over a run's contract as a record: pure functions from the run's rows and what a unit adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from spine.explain.contract import Contract, read_contract
+from spine.explain.story import JournalRow
+from spine.governance.contract import CONTRACT_KINDS, Finding, Reconciliation, next_due, reconcile, unmet
+from spine.governance.units import Record
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """A record of the unit at hand as the row it will be."""
+
+    body: Mapping[str, Any]
+    seq: int = 0
+
+
+def judge(contract: Contract, at: int) -> tuple[Reconciliation, Record | None]:
+    """The verdict at ``at`` (unix microseconds), and its record if it is not what the contract stands at already."""
+    found = reconcile(contract.dues, contract.acks, at)
+    due_at = next_due(contract.dues, contract.acks, at)
+    if not contract.dues or (found.standing, due_at) == (contract.standing, contract.due_at):
+        return found, None
+    fields = {
+        "run_id": contract.run_id,
+        "tenant_id": contract.tenant_id,
+        **found.to_dict(),
+        "overall": found.standing,
+        "was": contract.standing,
+        "due_at": due_at,
+        # The row that this verdict replaces; none where the run starts in the same unit.
+        "previous": contract.seq or None,
+    }
+    return found, Record("contract.reconciled", at, fields)
+
+
+def with_verdict(records: Sequence[Record], rows: Iterable[JournalRow], *, at: int) -> list[Record]:
+    """The records of a unit about one run, with the verdict they bring about, if it is another one than before.
+
+    ``rows`` are the run's own in the journal, in order; none for a run that starts in this unit. The verdict is as of
+    ``at`` (unix microseconds). Where another process judged the run meanwhile, the unit's commit fails on
+    ``contract verdict``: read the rows again.
+    """
+    coming = [
+        _Coming({**record.fields, "kind": record.kind, "at": record.at})
+        for record in records
+        if record.kind in CONTRACT_KINDS
+    ]
+    contract = read_contract([*rows, *coming])
+    verdict = None if contract is None else judge(contract, at)[1]
+    if verdict is None:
+        return list(records)
+    return [*(_judged(record) for record in records), verdict]
+
+
+def _judged(record: Record) -> Record:
+    """A start whose contract is judged in its own unit leaves nothing to judge later: the verdict tells when."""
+    return replace(record, fields={**record.fields, "due_at": None}) if record.kind == "run.started" else record
+
+
+def lacking(rows: Iterable[JournalRow], taking_part: Collection[tuple[str, str]]) -> tuple[Finding, ...]:
+    """What keeps the run of these rows from being committed; nothing unless it was started with ``block_unmet``.
+
+    ``taking_part`` are the (domain, action) that the completion itself acknowledges.
+    """
+    contract = read_contract(rows)
+    if contract is None or not contract.block_unmet:
+        return ()
+    return unmet(contract.dues, contract.acks, taking_part)
