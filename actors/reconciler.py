@@ -62,7 +62,7 @@ class Reconciler:
         self._recorder = recorder
 
     async def keep(self, tasks: Tasks) -> None:
-        """Sweep every ``SWEEP_S`` seconds until cancelled, each time in a task of its own: one that fails ends alone."""
+        """Sweep every ``SWEEP_S`` seconds until cancelled, each time in an own task: one that fails ends alone."""
         clock = self._exchange.clock
         while True:
             await clock.sleep_until(clock.monotonic() + SWEEP_S)

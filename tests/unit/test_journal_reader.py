@@ -108,7 +108,7 @@ async def test_counts_are_what_the_tables_hold(reader: JournalReader) -> None:
         transactions=3,
         events=3,
         events_pending=2,
-        contracts_pending=0,
+        contracts_pending=3,
         contracts_complete=0,
         contracts_incomplete=0,
         contracts_stale=0,
