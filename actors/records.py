@@ -10,7 +10,7 @@ import orjson
 
 from actors.calls import Call
 from spine.governance.authority import ALLOW, AuthorityDecision, GovernanceState, RuleOutcome, Verdict, flat
-from spine.governance.contract import START_TRACE, Ack, AckStatus, Expectation, next_due
+from spine.governance.contract import START_TRACE, Ack, AckStatus, Expectation, reconcile
 from spine.governance.operations import OperationResult
 from spine.governance.params import PARAMS_MOST_BYTES, InvalidParams, detached, plain
 from spine.governance.units import Record
@@ -165,7 +165,7 @@ def run_started(
             "instance": instance,
             "epoch": state.epoch,
             "expectations": [expectation.to_dict() for expectation in expectations],
-            "due_at": next_due([expectation.due(at) for expectation in expectations], traced, at),
+            "due_at": reconcile([expectation.due(at) for expectation in expectations], traced, at).due_at,
             "block_unmet": block_unmet,
             "decision": decision.to_dict(),
             **flat_text(decision, state),

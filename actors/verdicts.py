@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
-from spine.explain.contract import Contract, read_contract
+from spine.explain.contract import Contract, read_contract, take
 from spine.explain.story import JournalRow
-from spine.governance.contract import CONTRACT_KINDS, Finding, Reconciliation, next_due, reconcile, unmet
+from spine.governance.contract import Finding, Reconciliation, reconcile, unmet
 from spine.governance.units import Record
-
-
-@dataclass(frozen=True, slots=True)
-class _Coming:
-    """A record of the unit at hand as the row it will be."""
-
-    body: Mapping[str, Any]
-    seq: int = 0
 
 
 def judge(contract: Contract, at: int) -> tuple[Reconciliation, Record | None]:
     """The verdict at ``at`` (unix microseconds), and its record if it is not what the contract stands at already."""
     found = reconcile(contract.dues, contract.acks, at)
-    due_at = next_due(contract.dues, contract.acks, at)
-    if not contract.dues or (found.standing, due_at) == (contract.standing, contract.due_at):
+    if not contract.dues or (found.standing, found.due_at) == (contract.standing, contract.due_at):
         return found, None
     fields = {
         "run_id": contract.run_id,
@@ -32,9 +22,9 @@ def judge(contract: Contract, at: int) -> tuple[Reconciliation, Record | None]:
         **found.to_dict(),
         "overall": found.standing,
         "was": contract.standing,
-        "due_at": due_at,
+        "due_at": found.due_at,
         # The row that this verdict replaces; none where the run starts in the same unit.
-        "previous": contract.seq or None,
+        "previous": contract.seq,
     }
     return found, Record("contract.reconciled", at, fields)
 
@@ -46,12 +36,9 @@ def with_verdict(records: Sequence[Record], rows: Iterable[JournalRow], *, at: i
     ``at`` (unix microseconds). Where another process judged the run meanwhile, the unit's commit fails on
     ``contract verdict``: read the rows again.
     """
-    coming = [
-        _Coming({**record.fields, "kind": record.kind, "at": record.at})
-        for record in records
-        if record.kind in CONTRACT_KINDS
-    ]
-    contract = read_contract([*rows, *coming])
+    contract = read_contract(rows)
+    for record in records:
+        contract = take(contract, record.kind, record.fields, at=record.at)
     verdict = None if contract is None else judge(contract, at)[1]
     if verdict is None:
         return list(records)

@@ -10,6 +10,8 @@ from typing import Any
 from spine.explain.story import JournalRow, Story, items_of, text_of
 from spine.governance.contract import PENDING, Ack, AckStatus, Due, Expectation, reconcile
 
+_STATUSES = tuple(AckStatus)
+
 
 @dataclass(slots=True)
 class Contract:
@@ -25,7 +27,7 @@ class Contract:
     acks: list[Ack]
     standing: str
     due_at: int | None
-    seq: int
+    seq: int | None
     block_unmet: bool
 
 
@@ -33,29 +35,36 @@ def read_contract(rows: Iterable[JournalRow]) -> Contract | None:
     """Read the contract from rows of one run in journal order, or ``None`` when its start is not among them."""
     found: Contract | None = None
     for row in rows:
-        body, kind = row.body, row.body.get("kind")
-        if found is None:
-            if kind == "run.started":
-                found = _started(row)
-        elif text_of(body, "tenant_id") != found.tenant_id:
-            continue
-        elif kind == "ack":
-            found.acks += _acks([row])
-        elif kind == "contract.reconciled":
-            found.standing, found.due_at, found.seq = str(body.get("overall")), _moment(body.get("due_at")), row.seq
+        found = take(found, row.body.get("kind"), row.body, at=row.body.get("at"), seq=row.seq)
     return found
 
 
-def _started(row: JournalRow) -> Contract:
-    body = row.body
+def take(
+    found: Contract | None, kind: Any, body: Mapping[str, Any], *, at: Any, seq: int | None = None
+) -> Contract | None:
+    """The contract after one more row of its run; before the start there is none.
+
+    ``at`` is the row's time; ``seq`` its place, ``None`` where it is still to be written.
+    """
+    if found is None:
+        return _started(body, at, seq) if kind == "run.started" else None
+    if kind == "ack":
+        if body.get("tenant_id") == found.tenant_id and (ack := _ack(body)) is not None:
+            found.acks.append(ack)
+    elif kind == "contract.reconciled":
+        found.standing, found.due_at, found.seq = str(body.get("overall")), _moment(body.get("due_at")), seq
+    return found
+
+
+def _started(body: Mapping[str, Any], at: Any, seq: int | None) -> Contract:
     return Contract(
         run_id=text_of(body, "run_id") or "",
         tenant_id=text_of(body, "tenant_id") or "",
-        dues=_dues(body),
+        dues=_dues(body, at),
         acks=[],
         standing=PENDING,
         due_at=_moment(body.get("due_at")),
-        seq=row.seq,
+        seq=seq,
         block_unmet=body.get("block_unmet") is True,
     )
 
@@ -68,10 +77,11 @@ def contract(story: Story, *, now_us: int) -> dict[str, Any] | None:
     """
     if story.started is None:
         return None
-    dues = _dues(story.started.body)
+    dues = _dues(story.started.body, story.started.body.get("at"))
     if not dues:
         return None
-    found = reconcile(dues, _acks(story.acks), now_us)
+    acks = [ack for ack in (_ack(row.body) for row in story.acks) if ack is not None]
+    found = reconcile(dues, acks, now_us)
     verdicts = {
         (finding.domain, finding.action): finding.verdict
         for findings in (found.missing, found.failed, found.stale, found.pending)
@@ -88,13 +98,9 @@ def _entry(domain: str, action: str, deadline_at: int | None, status: str) -> di
     return {"domain": domain, "action": action, "deadline_at": deadline_at, "status": status}
 
 
-def _dues(started: Mapping[str, Any]) -> tuple[Due, ...]:
-    found = (_due(entry, started.get("at")) for entry in items_of(started, "expectations"))
+def _dues(started: Mapping[str, Any], at: Any) -> tuple[Due, ...]:
+    found = (_due(entry, at) for entry in items_of(started, "expectations"))
     return tuple(due for due in found if due is not None)
-
-
-def _acks(rows: Iterable[JournalRow]) -> list[Ack]:
-    return [ack for ack in (_ack(row.body) for row in rows) if ack is not None]
 
 
 def _moment(value: Any) -> int | None:
@@ -118,7 +124,7 @@ def _due(entry: Any, started_at: Any) -> Due | None:
 
 def _ack(body: Mapping[str, Any]) -> Ack | None:
     domain, action, status = text_of(body, "domain"), text_of(body, "action"), body.get("status")
-    if domain is None or action is None or status not in tuple(AckStatus):
+    if domain is None or action is None or status not in _STATUSES:
         return None
     result_id, error, tx_id = text_of(body, "result_id"), text_of(body, "error"), text_of(body, "tx_id")
     return Ack(domain, action, AckStatus(status), result_id, error, tx_id)

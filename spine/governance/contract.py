@@ -134,7 +134,8 @@ class Reconciliation:
 
     ``missing``: promised, and never acknowledged although the time is over or the run is finalised. ``failed``:
     acknowledged, but FAILED or rolled back. ``drift``: acknowledged, but never promised. ``stale``: the run was not
-    finalised in time. ``pending``: there is still time.
+    finalised in time. ``pending``: there is still time. Without a new word all this holds until ``due_at`` (unix
+    microseconds), for ever where that is ``None``.
     """
 
     overall: Overall
@@ -143,6 +144,7 @@ class Reconciliation:
     failed: tuple[Finding, ...] = ()
     stale: tuple[Finding, ...] = ()
     pending: tuple[Finding, ...] = ()
+    due_at: int | None = None
 
     @property
     def standing(self) -> str:
@@ -202,12 +204,16 @@ def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> 
     failed: list[Finding] = []
     stale: list[Finding] = []
     pending: list[Finding] = []
+    moments: list[int] = []
     for due in expectations:
         key = (due.domain, due.action)
         entry = heard.get(key)
         if _delivered(heard, key):
             continue
         late = now_us > due.deadline_at
+        if not late and not finalised and (entry is None or key == FINALIZE):
+            # A failed finalize_run turns stale when its time is over; whatever else failed stays failed.
+            moments.append(due.deadline_at)
         if key == FINALIZE and late:
             stale.append(Finding(*key, "stale", entry.error if entry else None))
         elif entry is not None:
@@ -224,26 +230,8 @@ def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> 
         overall = Overall.INCOMPLETE
     else:
         overall = Overall.COMPLETE
-    return Reconciliation(overall, tuple(missing), drift, tuple(failed), tuple(stale), tuple(pending))
-
-
-def next_due(expectations: Iterable[Due], acks: Iterable[Ack], now_us: int) -> int | None:
-    """The moment (unix microseconds) until which ``reconcile`` gives what it gives at ``now_us``, without a new word.
-
-    ``None`` when time alone changes nothing any more.
-    """
-    heard = _listen(acks)
-    if _delivered(heard, FINALIZE):
-        return None
-    # A failed finalize_run turns stale when its time is over; whatever else failed stays failed.
-    return min(
-        (
-            due.deadline_at
-            for due in expectations
-            if due.deadline_at >= now_us
-            and ((due.domain, due.action) == FINALIZE or (due.domain, due.action) not in heard)
-        ),
-        default=None,
+    return Reconciliation(
+        overall, tuple(missing), drift, tuple(failed), tuple(stale), tuple(pending), min(moments, default=None)
     )
 
 

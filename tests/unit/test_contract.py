@@ -18,7 +18,6 @@ from spine.governance.contract import (
     Due,
     Expectation,
     Overall,
-    next_due,
     promised,
     reconcile,
     unmet,
@@ -153,18 +152,18 @@ def test_what_only_waits_stands_pending_and_what_is_found_has_its_verdict() -> N
 
 
 def test_the_next_due_moment_is_the_earliest_deadline_not_yet_judged() -> None:
-    assert next_due(DUES, [], now_us=0) == 60 * SECOND
-    assert next_due(DUES, [], now_us=60 * SECOND) == 60 * SECOND
-    assert next_due(DUES, [], now_us=60 * SECOND + 1) == 3600 * SECOND
-    assert next_due(DUES, acks(("logs", "start_trace")), now_us=0) == 3600 * SECOND
-    assert next_due(DUES, [], now_us=3600 * SECOND + 1) is None
+    assert reconcile(DUES, [], now_us=0).due_at == 60 * SECOND
+    assert reconcile(DUES, [], now_us=60 * SECOND).due_at == 60 * SECOND
+    assert reconcile(DUES, [], now_us=60 * SECOND + 1).due_at == 3600 * SECOND
+    assert reconcile(DUES, acks(("logs", "start_trace")), now_us=0).due_at == 3600 * SECOND
+    assert reconcile(DUES, [], now_us=3600 * SECOND + 1).due_at is None
 
 
 def test_what_was_reported_is_not_due_any_more_but_a_failed_finalisation_is() -> None:
     dues = [Due("a", "b", 5), Due(*FINALIZE, 9)]
-    assert next_due(dues, acks(("a", "b"), status=FAILED), now_us=0) == 9
-    assert next_due(dues, acks(("a", "b"), FINALIZE, status=FAILED), now_us=0) == 9
-    assert next_due(dues, acks(FINALIZE), now_us=0) is None
+    assert reconcile(dues, acks(("a", "b"), status=FAILED), now_us=0).due_at == 9
+    assert reconcile(dues, acks(("a", "b"), FINALIZE, status=FAILED), now_us=0).due_at == 9
+    assert reconcile(dues, acks(FINALIZE), now_us=0).due_at is None
 
 
 KEYS = st.sampled_from([("a", "x"), ("b", "x"), FINALIZE])
@@ -177,7 +176,8 @@ def test_the_verdict_holds_until_the_next_due_moment_and_not_beyond(
     dues: list[Due], reports: list[Ack], now: int
 ) -> None:
     """So a sweep that looks at nothing before its moment misses nothing, and never comes for nothing."""
-    verdict, moment = reconcile(dues, reports, now), next_due(dues, reports, now)
+    verdict = reconcile(dues, reports, now)
+    moment = verdict.due_at
     for later in range(now, 25 if moment is None else moment + 1):
         assert reconcile(dues, reports, later) == verdict
     if moment is not None:
