@@ -10,6 +10,7 @@ from uuid import UUID, uuid5
 
 from actors.records import ack, flat_text, text
 from spine.domains import BuiltIn, Participant, Refused, Row, RunFacts, action_of, effect_id
+from spine.explain.story import JournalRow
 from spine.governance.authority import AuthorityDecision, GovernanceState, flat
 from spine.governance.contract import FINALIZE
 from spine.governance.transactions import (
@@ -67,6 +68,7 @@ class Plan:
     cause: BaseException | None = None
     duration_ms: int = 0
     start: list[Record] = field(default_factory=list)
+    rows: Sequence[JournalRow] = ()
 
     @property
     def writes(self) -> list[Write]:

@@ -8,9 +8,9 @@ after the commit.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, assert_never
+from typing import Protocol, assert_never
 
 from actors import completion
 from actors.completion import Plan
@@ -21,7 +21,9 @@ from actors.recorder import Recorder
 from actors.records import flat_text
 from actors.reports import Reports
 from actors.starts import implicit_start
+from actors.verdicts import with_verdict
 from spine.domains import Participant, RunFacts
+from spine.explain.story import JournalRow
 from spine.governance.authority import check_start
 from spine.governance.contract import Acknowledge
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
@@ -66,13 +68,6 @@ class TransactionRow(Protocol):
     def seq_ended(self) -> int | None: ...
 
 
-class Row(Protocol):
-    """A journal row."""
-
-    @property
-    def body(self) -> Mapping[str, Any]: ...
-
-
 class Source(PendingEvents, Protocol):
     """The journal as the coordinator reads it."""
 
@@ -80,7 +75,7 @@ class Source(PendingEvents, Protocol):
         """The latest attempt under this key."""
         ...
 
-    async def run_rows(self, run_id: str) -> Sequence[Row]:
+    async def run_rows(self, run_id: str) -> Sequence[JournalRow]:
         """The rows of the run in order."""
         ...
 
@@ -231,8 +226,9 @@ class Coordinator(Actor):
             plan.start = implicit_start(
                 deps, request.run_id, request.tenant_id, request.agent_id, state, now, accepted=True
             )
-        counts = (0, 0, 0) if starts else await self._operation_counts(request.run_id, request.tenant_id)
-        completion.carry_out(plan, self._facts(plan, counts))
+        if not starts:
+            plan.rows = await self._own.source.run_rows(request.run_id)
+        completion.carry_out(plan, self._facts(plan, self._operation_counts(plan.rows, request.tenant_id)))
         return plan
 
     def _facts(self, plan: Plan, counts: tuple[int, int, int]) -> RunFacts:
@@ -255,8 +251,8 @@ class Coordinator(Actor):
             operations_failed=counts[2],
         )
 
-    async def _operation_counts(self, run_id: str, tenant_id: str) -> tuple[int, int, int]:
-        rows = await self._own.source.run_rows(run_id)
+    @staticmethod
+    def _operation_counts(rows: Sequence[JournalRow], tenant_id: str) -> tuple[int, int, int]:
         bodies = [row.body for row in rows if row.body.get("tenant_id") == tenant_id]
         decisions = [body for body in bodies if body["kind"] == "decision"]
         denied = sum(not body["allowed"] for body in decisions)
@@ -268,6 +264,7 @@ class Coordinator(Actor):
         request, recorder, epoch = plan.request, self._own.recorder, plan.governance.epoch
         if plan.failed is None:
             rows, events, result = completion.committed(plan)
+            rows = with_verdict(rows, plan.rows, at=plan.at)
             outcome = await recorder.commit(
                 rows, writes=plan.writes, epoch=epoch, run_id=request.run_id, parent=envelope
             )
@@ -290,6 +287,7 @@ class Coordinator(Actor):
                 case _:
                     assert_never(outcome)
         rows, result = completion.aborted(plan)
+        rows = with_verdict(rows, plan.rows, at=plan.at)
         outcome = await recorder.commit(rows, epoch=epoch, run_id=request.run_id, parent=envelope)
         match outcome:
             case Committed():

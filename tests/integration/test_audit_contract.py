@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from actors import reconciler
-from spine import ContractError, Settings, Spine
+from spine import ContractError, Refused, RunFacts, Settings, Spine, TransactionFailed, Write
 from spine.governance.contract import FINALIZE, Overall
 from spine.governance.units import StorageFailed
 from spine.kernel.clock import VirtualClock
@@ -153,13 +153,13 @@ async def test_a_sweep_that_was_overtaken_between_reading_and_writing_changes_no
     intact(database_url)
 
 
-def overtake(spine: Spine, work: Callable[[], Awaitable[Any]]) -> None:
-    """Let ``work`` happen after this Spine has read a contract the next time, before it writes."""
+def overtake(spine: Spine, work: Callable[[], Awaitable[Any]], reading: str = "contract_rows") -> None:
+    """Let ``work`` happen after this Spine has read a run the next time, before it writes."""
     reader: Any = spine._system.reader
-    read = reader.contract_rows
+    read = getattr(reader, reading)
 
     async def slowly(run_id: str) -> Any:
-        reader.contract_rows = read
+        setattr(reader, reading, read)
         rows = await read(run_id)
         await work()
         return rows
@@ -462,6 +462,116 @@ async def test_a_long_or_odd_error_text_is_kept_bounded(database_url: str) -> No
         await report(spine, "FAILED", error="no\x00 \ud800" + "x" * 100_000)
         (finding,) = (await spine.reconcile("run-1")).failed
     assert finding.error is not None and len(finding.error) < 5_000
+    intact(database_url)
+
+
+# -- the completion
+
+
+async def complete(spine: Spine, run_id: str = "run-1") -> None:
+    await spine.complete_run(run_id, tenant_id="acme", run_status="succeeded")
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+async def test_a_completion_that_keeps_every_promise_is_complete_in_its_own_commit(
+    database_url: str, implicit: bool
+) -> None:
+    """Whether the run was started before or begins with its completion; nobody has anything to judge later."""
+    async with running(spine := Spine(database_url)):
+        if not implicit:
+            await start(spine)
+        await complete(spine)
+        assert spine.health().contracts == {"complete": 1, "incomplete": 0, "stale": 0}
+        assert (await spine.reconcile("run-1")).overall is Overall.COMPLETE
+        assert (await spine.why("run-1")).to_dict()["contract"]["overall"] == "COMPLETE"
+    (verdict,), (committed,) = verdicts(database_url), journal(database_url, "tx.committed")
+    (started,) = journal(database_url, "run.started")
+    assert verdict["unit"] == committed["unit"]
+    assert (started["due_at"], verdict["previous"]) == (
+        (None, None) if implicit else (started["at"] + HOUR_US, started["seq"])
+    )
+    assert query(database_url, "SELECT overall, due_at FROM contracts") == [("COMPLETE", None)]
+    intact(database_url)
+
+
+async def test_a_completion_without_what_others_promised_is_incomplete_until_they_report(database_url: str) -> None:
+    async with running(spine := Spine(database_url)):
+        await start(spine, MAIL)
+        await complete(spine)
+        (verdict,) = verdicts(database_url)
+        assert (verdict["overall"], named(verdict["missing"]), verdict["due_at"]) == (
+            "INCOMPLETE", ["mail/send"], None,
+        )  # fmt: skip
+        await report(spine)
+        assert table(database_url) == [("run-1", "COMPLETE")]
+        assert spine.health().contracts == {"complete": 1, "incomplete": 1, "stale": 0}
+    intact(database_url)
+
+
+class Moody:
+    """Refuses until it is told not to."""
+
+    name = "moody"
+    after = ()
+    refuses = True
+
+    def plan(self, run: RunFacts) -> list[Write]:
+        if self.refuses:
+            raise Refused("NOT_NOW", "later")
+        return []
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+async def test_an_aborted_completion_is_incomplete_and_the_next_attempt_makes_it_good(
+    database_url: str, implicit: bool
+) -> None:
+    async with running(spine := Spine(database_url, domains=[moody := Moody()])):
+        if not implicit:
+            await start(spine)
+        with pytest.raises(TransactionFailed):
+            await complete(spine)
+        (verdict,) = verdicts(database_url)
+        assert (verdict["overall"], named(verdict["failed"])) == (
+            "INCOMPLETE", ["orchestrator/finalize_run", "moody/complete_run"],
+        )  # fmt: skip
+        (started,) = journal(database_url, "run.started")
+        assert verdict["due_at"] == started["at"] + HOUR_US, "it may still turn stale"
+        moody.refuses = False
+        await complete(spine)
+    assert [verdict["overall"] for verdict in verdicts(database_url)] == ["INCOMPLETE", "COMPLETE"]
+    intact(database_url)
+
+
+async def test_a_stale_run_that_is_completed_at_last_is_complete(database_url: str) -> None:
+    moments = clock()
+    async with running(spine := make(database_url, moments)):
+        await start(spine, SOON)
+        await until(lambda: table(database_url) == [("run-1", "STALE")], clock=moments)
+        await complete(spine)
+    assert table(database_url) == [("run-1", "COMPLETE")]
+    intact(database_url)
+
+
+async def test_a_completion_overtaken_by_a_verdict_is_planned_again(database_url: str, unswept: None) -> None:
+    """A sweep of another process between its reading and its commit costs a second try, never the completion."""
+    moments = clock()
+    here, there = make(database_url, moments), make(database_url, moments)
+    async with running(here, there):
+        await start(here, MAIL)
+        await moments.advance(6)
+        overtake(here, lambda: there.reconcile("run-1"), reading="run_rows")
+        await complete(here)
+    assert [verdict["overall"] for verdict in verdicts(database_url)] == ["INCOMPLETE"]
+    assert len(journal(database_url, "tx.begun")) == len(journal(database_url, "tx.committed")) == 1
+    intact(database_url)
+
+
+async def test_completions_at_once_in_two_spines_are_each_judged_once(database_url: str) -> None:
+    here, there = Spine(database_url), Spine(database_url)
+    async with running(here, there):
+        await together(*(lambda n=n: complete((here, there)[n % 2], f"run-{n // 2}") for n in range(20)))
+    assert table(database_url) == [(f"run-{n}", "COMPLETE") for n in range(10)]
+    assert len(verdicts(database_url)) == 10
     intact(database_url)
 
 
