@@ -13,10 +13,12 @@ from actors.conduct import UNWRITABLE
 from actors.dependencies import Dependencies
 from actors.endings import TransactionRow
 from actors.outbox import Outbox
+from actors.reconciler import ContractRows
 from actors.records import flat_text
 from actors.refusals import Refusals
 from actors.saga import Driving, Lost, Saga
 from actors.starts import implicit_start
+from actors.verdicts import with_verdict
 from spine.governance.authority import check_start
 from spine.governance.failpoints import BEGIN, of_tx
 from spine.governance.transactions import (
@@ -45,7 +47,7 @@ class Row(Protocol):
     def body(self) -> Mapping[str, Any]: ...
 
 
-class Source(Protocol):
+class Source(ContractRows, Protocol):
     """The journal as attempts read it."""
 
     async def transaction(self, run_id: str, completion_key: str) -> TransactionRow | None:
@@ -185,6 +187,7 @@ class Attempts:
             completion.steps_of(self._parts, tx_id),
             counts=(0, 0, 0) if starts else await self._source.operation_counts(request.run_id, request.tenant_id),
             start=self._start(request, now, starts=starts),
+            rows=() if starts else await self._source.contract_rows(request.run_id),
         )
 
     def _start(self, request: CompleteRun, now: int, *, starts: bool) -> list[Record]:
@@ -229,8 +232,8 @@ class Attempts:
     async def _at_once(self, envelope: Envelope, plan: Plan, began: float) -> TransactionResult | None:
         """Complete with LOCAL domains alone: one unit of work; ``None`` when the ground moved."""
         completion.carry_out(plan)
-        if plan.failed is None and (unmet := await self._driving.unmet(plan)) is not None:
-            completion.unmet(plan, unmet)
+        if plan.failed is None:
+            completion.check_contract(plan)
         plan.duration_ms = round((self._exchange.clock.monotonic() - began) * 1e3)
         if plan.failed is None:
             rows, events, result = records.committed(plan, plan.at)
@@ -264,7 +267,7 @@ class Attempts:
         for moment in moments:
             await self._driving.failpoint(f"{moment}.before")
         outcome = await self._driving.recorder.commit(
-            [*plan.start, records.begun(plan), *rows],
+            with_verdict([*plan.start, records.begun(plan), *rows], plan.rows, at=plan.at),
             writes=plan.writes if plan.failed is None else (),
             epoch=plan.governance_epoch,
             run_id=plan.request.run_id,

@@ -11,7 +11,9 @@ from typing import Any
 import orjson
 
 from actors.records import recordable, text
+from actors.verdicts import lacking
 from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, effect_id
+from spine.explain.story import JournalRow
 from spine.governance.params import detached
 from spine.governance.transactions import (
     CompleteRun,
@@ -61,7 +63,8 @@ class Step:
 class Plan:
     """A transaction as its driver knows it; ``failed`` is the step that refused or failed, ``code`` and ``error`` how.
 
-    ``flags`` are the four authority fields it was accepted under, ``epoch`` the fencing token it is driven with.
+    ``flags`` are the four authority fields it was accepted under, ``epoch`` the fencing token it is driven with,
+    ``rows`` what the journal held of the run's contract when it was planned.
     """
 
     request: CompleteRun
@@ -83,6 +86,7 @@ class Plan:
     cause: BaseException | None = None
     duration_ms: int = 0
     start: list[Record] = field(default_factory=list)
+    rows: Sequence[JournalRow] = ()
 
     @property
     def writes(self) -> list[Write]:
@@ -151,9 +155,12 @@ def contract_step(plan: Plan) -> Step:
     return Step(len(plan.steps), "contract", DomainClass.LOCAL, "reconcile", (), plan.tx_id, None)
 
 
-def unmet(plan: Plan, reason: str) -> None:
-    """Refuse the commit of a run that is bound to its contract."""
-    fail(plan, contract_step(plan), StepState.REFUSED, "CONTRACT_UNMET", reason, None)
+def check_contract(plan: Plan) -> None:
+    """Refuse the commit of a run that is bound to its contract while something it promised is not delivered."""
+    found = lacking(plan.rows, [(step.name, step.action) for step in plan.steps])
+    if found:
+        reason = "; ".join(map(str, found))
+        fail(plan, contract_step(plan), StepState.REFUSED, "CONTRACT_UNMET", reason, None)
 
 
 def carry_out(plan: Plan) -> None:

@@ -13,12 +13,14 @@ from typing import Any, Protocol
 import anyio
 
 from actors.effect_calls import Answered, EffectCalls, Unanswered
+from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.records import ack
+from actors.verdicts import VERDICT, with_verdict
 from spine.domains import Refused
 from spine.effects import Effect, Post, timeout_of
 from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint
-from spine.governance.units import Committed, Record
+from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record
 from spine.kernel.errors import JournalError, Overloaded
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
@@ -36,7 +38,7 @@ RELOAD_S = 5.0
 STUCK_ATTEMPTS = 5
 
 
-class PendingEvents(Protocol):
+class PendingEvents(ContractRows, Protocol):
     """Where undelivered events are found."""
 
     async def living(self, now_us: int) -> set[str]:
@@ -226,11 +228,23 @@ class Outbox:
             },
         )
         # Who is told that its events are published finds that in the journal.
-        rows = [done, *(self._ack(event) for event in delivery.events if event.type.startswith(POST))]
-        recorded = await self._recorder.commit(rows, run_id=first.run_id, parent=delivery.cause)
+        recorded = await self._record(
+            delivery, [done, *(self._ack(e) for e in delivery.events if e.type.startswith(POST))]
+        )
         await self._failpoint(f"{PUBLISHED}.after")
         if not delivery.first_try.done():
             delivery.first_try.set_result(isinstance(recorded, Committed))
+
+    async def _record(self, delivery: _Delivery, rows: list[Record]) -> CommitOutcome:
+        """Record a delivery; what a POST domain acknowledges may be the last word that the contract waited for."""
+        run_id = delivery.events[0].run_id
+        while True:
+            judged = rows
+            if len(rows) > 1:
+                judged = with_verdict(rows, await self._source.contract_rows(run_id), at=rows[0].at)
+            outcome = await self._recorder.commit(judged, run_id=run_id, parent=delivery.cause)
+            if not (isinstance(outcome, GuardFailed) and outcome.guard == VERDICT):
+                return outcome
 
     async def _publish(self, event: Event, attempt: int) -> BaseException | None:
         if event.type.startswith(POST):

@@ -7,16 +7,18 @@ reverse, repeated with backoff and parked where it fails. What another process h
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from actors import transaction_records as records
-from actors.completion import Plan, Step, as_json, described, fail, fail_with, guard_failed, prepare, unmet
+from actors.completion import Plan, Step, as_json, check_contract, described, fail, fail_with, guard_failed, prepare
 from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
+from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.records import text
 from actors.transaction_log import TransactionLog
+from actors.verdicts import VERDICT, with_verdict
 from spine.domains import Refused
 from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
@@ -60,7 +62,7 @@ class Driving:
     retry: Retrying
     counts: dict[str, int]
     log: TransactionLog
-    unmet: Callable[[Plan], Awaitable[str | None]]
+    contracts: ContractRows
 
 
 class Saga:
@@ -174,11 +176,12 @@ class Saga:
 
     async def _commit_point(self) -> None:
         plan, at = self.plan, self._clock.time_us()
-        if (reason := await self._own.unmet(plan)) is not None:
-            unmet(plan, reason)
+        plan.rows = await self._own.contracts.contract_rows(plan.request.run_id)
+        check_contract(plan)
+        if plan.failed is not None:
             return
         rows, events, result = records.committed(plan, at)
-        outcome = await self._write([of_tx("commit")], rows, plan.writes)
+        outcome = await self._end("commit", rows, plan.writes)
         if isinstance(outcome, GuardFailed):
             plan.state = TxState.EXECUTING
             guard_failed(plan, outcome.guard, outcome.found, outcome.required)
@@ -213,11 +216,11 @@ class Saga:
         at = self._clock.time_us()
         if stuck:
             rows, self.result = records.parked(plan, at)
-            await self._write([of_tx("park")], rows)
+            await self._end("park", rows)
             self._own.counts["parked"] += 1
         else:
             rows, self.result = records.aborted(plan, at)
-            await self._write([of_tx("compensated")], rows)
+            await self._end("compensated", rows)
             self._own.counts["aborted"] += 1
 
     async def _undo(self, step: Step, reason: str) -> bool:
@@ -303,13 +306,23 @@ class Saga:
         await self._write([of_step(move)], rows)
         self._own.log.moved(self.cause, self.plan, step, move)
 
+    async def _end(self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()) -> GuardFailed | None:
+        """Have the transaction's last move committed, with the verdict over the run's contract that it brings about."""
+        while True:
+            known = await self._own.contracts.contract_rows(self.plan.request.run_id)
+            judged = with_verdict(rows, known, at=self._clock.time_us())
+            outcome = await self._write([of_tx(move)], judged, writes)
+            # Somebody judged the run between the reading and the commit: their verdict is the one to replace.
+            if outcome is None or outcome.guard != VERDICT:
+                return outcome
+
     async def _write(
         self, moments: Sequence[str], rows: Sequence[Record], writes: Sequence[Write] = ()
     ) -> GuardFailed | None:
-        """Have moves committed; gives back a user's write that failed. Raises ``Lost`` when it is not ours any more."""
+        """Have moves committed; gives back what may be mended. Raises ``Lost`` when it is not ours any more."""
         await self._pass(moments, "before")
         outcome = await self._commit(rows, writes=writes)
-        if isinstance(outcome, GuardFailed) and outcome.guard.startswith(_WRITES):
+        if isinstance(outcome, GuardFailed) and (outcome.guard.startswith(_WRITES) or outcome.guard == VERDICT):
             return outcome
         if not isinstance(outcome, Committed):
             raise Lost(f"transaction {self.plan.tx_id}: {moments[-1]} was not recorded: {outcome}")

@@ -70,6 +70,7 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
                     instance=dependencies.instance,
                     implicit=False,
                     expectations=dependencies.promises([Expectation(*e) for e in request.expectations]),
+                    block_unmet=request.block_unmet,
                 )
                 outcome = await dependencies.recorder.commit(rows, epoch=state.epoch, run_id=run_id, parent=envelope)
                 match outcome:
@@ -158,6 +159,8 @@ def _problem(request: StartRun) -> str | None:
         id_problem("tenant_id", request.tenant_id),
         id_problem("agent_id", request.agent_id, optional=True),
     ]
+    if not isinstance(request.block_unmet, bool):
+        found.append(f"block_unmet must be true or false, not {request.block_unmet!r}")
     for entry in request.expectations:
         if not isinstance(entry, tuple) or len(entry) != 3:
             found.append(f"expectations: {entry!r} must be (domain, action, deadline in seconds)")

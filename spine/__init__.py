@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from spine.effects import Post as Post
     from spine.governance.authority import AuthorityDecision as AuthorityDecision
     from spine.governance.authority import GovernanceState as GovernanceState
+    from spine.governance.contract import ContractError as ContractError
+    from spine.governance.contract import Reconciliation as Reconciliation
     from spine.governance.operations import OperationContext as OperationContext
     from spine.governance.operations import OperationResult as OperationResult
     from spine.governance.transactions import CompletionConflict as CompletionConflict
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AuthorityDecision": "spine.governance.authority",
     "CompletionConflict": "spine.governance.transactions",
+    "ContractError": "spine.governance.contract",
     "Effect": "spine.effects",
     "Event": "spine.publisher",
     "External": "spine.effects",
@@ -44,6 +47,7 @@ _HOMES = {
     "OperationResult": "spine.governance.operations",
     "Post": "spine.effects",
     "Publisher": "spine.publisher",
+    "Reconciliation": "spine.governance.contract",
     "Refused": "spine.domains",
     "Retry": "spine.settings",
     "RollbackNotSupportedError": "spine.governance.transactions",

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from spine._install import check_install
 from spine.declarations import Declarations
-from spine.domains import action_of, participants
+from spine.domains import participants, promise_of
 from spine.explain.why import Explanation, explain
 from spine.governance.authority import AuthorityDecision, GovernanceState
 from spine.governance.contract import promised
@@ -42,6 +42,7 @@ from spine.kernel.watchdog import Watchdog
 from spine.lifecycle import Gauges, Lifecycle
 from spine.operating import Operating
 from spine.publisher import LogPublisher, Publisher
+from spine.reporting import Reporting
 from spine.requests import RECIPIENTS, UNANSWERED, Posted, governed
 from spine.settings import Settings, default_url
 
@@ -53,6 +54,7 @@ from actors.audit import Audit, Progress  # noqa: E402
 from actors.calls import ANSWER_MARGIN_S  # noqa: E402
 from actors.coordinator import Completions, Coordinator  # noqa: E402
 from actors.dependencies import Dependencies  # noqa: E402
+from actors.reconciler import Reconciler  # noqa: E402
 from actors.recorder import Recorder  # noqa: E402
 from actors.registry import Registry  # noqa: E402
 
@@ -73,7 +75,7 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-class Spine(Declarations, Operating):
+class Spine(Declarations, Operating, Reporting):
     """One runtime authority over one database; bound to the event loop it is started on.
 
     ``domains`` take part in every run completion, ``publisher`` gets the events after it. Raises
@@ -221,10 +223,14 @@ class Spine(Declarations, Operating):
         tenant_id: str,
         agent_id: str | None = None,
         expectations: Sequence[tuple[str, str, float]] = (),
+        block_unmet: bool = False,
     ) -> AuthorityDecision:
-        """Begin a run; a denial is returned. ``expectations`` are (domain, action, deadline in seconds)."""
+        """Begin a run; a denial is returned. ``expectations`` are (domain, action, deadline in seconds).
+
+        With ``block_unmet`` the run commits only when everything promised is delivered.
+        """
         promised_here = tuple(expectations) if isinstance(expectations, Sequence) else (expectations,)
-        return await self.ask(StartRun(run_id, tenant_id, agent_id, promised_here))
+        return await self.ask(StartRun(run_id, tenant_id, agent_id, promised_here, block_unmet))
 
     async def complete_run(
         self,
@@ -377,7 +383,7 @@ class _System:
         writer, reader = JournalWriter(spine.url), JournalReader(spine.url)
         exchange = Exchange(settings.clock, Tracer(ids.span_id(), level), credits=settings.credits)
         parts, progress = spine._participants, Progress()
-        acting = tuple((domain.name, action_of(domain)) for domain in parts)
+        acting = tuple(promise_of(domain) for domain in parts)
         deps = Dependencies(
             exchange=exchange,
             ids=ids,
@@ -398,8 +404,9 @@ class _System:
             settings.retry,
             settings.failpoint,
         )
+        contracts = Reconciler(exchange, reader, Recorder(exchange, ids, audit.NAME))
         children = [
-            ChildSpec(audit.NAME, lambda: Audit(exchange, writer, reader, progress)),
+            ChildSpec(audit.NAME, lambda: Audit(exchange, writer, reader, contracts, progress)),
             ChildSpec(ROUTER, lambda: Router(exchange)),
             ChildSpec(registry.NAME, lambda: Registry(deps)),
             ChildSpec(coordinator.NAME, lambda: Coordinator(completions)),
@@ -425,6 +432,7 @@ class _System:
                 governance=lambda: deps.switch.state.to_dict(),  # noqa: PLW0108  the state of then, not of now
                 decisions=lambda: asdict(deps.counts) | {"interrupted": deps.recovery.interrupted},
                 transactions=completions.to_dict,
+                contracts=lambda: dict(progress.verdicts),
                 journal=lambda: progress.to_dict() | deps.to_dict(),
             ),
         )

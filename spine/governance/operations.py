@@ -186,12 +186,16 @@ class Execute(Request[OperationResult]):
 
 @dataclass(slots=True)
 class StartRun(Request[AuthorityDecision]):
-    """Begin a run; ``expectations`` are (domain, action, deadline in seconds)."""
+    """Begin a run; ``expectations`` are (domain, action, deadline in seconds).
+
+    With ``block_unmet`` the run commits only when everything promised is delivered.
+    """
 
     run_id: str
     tenant_id: str
     agent_id: str | None = None
     expectations: tuple[tuple[str, str, float], ...] = ()
+    block_unmet: bool = False
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ from tests.laws.world import file_of, rows
 GENESIS = bytes(32)
 PROJECTIONS = (
     "acknowledgements",
+    "contracts",
     "governance",
     "idempotency",
     "incidents",
