@@ -15,10 +15,13 @@ from spine.governance.transactions import STEP_MOVES, TX_MOVES, StepMove, StepSt
 from tests.properties.explorer import Move
 
 EFFECTS = 2
+LAST = EFFECTS - 1
 
 # States travel as plain strings: an enum member is hashed by a Python call, and a search hashes millions.
 T = {state.name: state.value for state in TxState}
 S = {state.name: state.value for state in StepState}
+# What is no more to be undone.
+SETTLED = {S["PLANNED"], S["ROLLED_BACK"]}
 Item = TypeVar("Item")
 
 
@@ -85,12 +88,13 @@ class Rows(NamedTuple):
 class Coordinator(NamedTuple):
     """A coordinator at work; one that has crashed or given up is not there.
 
-    It decides from ``seen``: the rows as they were when it took the transaction over, and its own writes since.
+    It decides from ``seen``: the rows as it took the transaction over, and its own writes since. ``step``
+    is the one it is at; where it is ready, the one from which it has still to go back if it compensates.
     """
 
     seen: Rows
     doing: str = Doing.READY
-    step: int = 0
+    step: int = LAST
 
 
 class State(NamedTuple):
@@ -120,14 +124,22 @@ class Protocol:
     """The successor function.
 
     ``epochs`` bounds it: begin takes the first, each claim and each retry of the operator another. ``coordinators`` is
-    how many may be at work at once: the owner, and others that do not know yet that they were overtaken.
+    how many may be at work at once: the owner, and others that do not know yet that they were overtaken. ``chained``
+    makes the second effect stand on the first, which is then not undone before it.
     """
 
     def __init__(
-        self, epochs: int, coordinators: int = 2, *, table: Table | None = None, flaw: Flaw | None = None
+        self,
+        epochs: int,
+        coordinators: int = 2,
+        *,
+        chained: bool = False,
+        table: Table | None = None,
+        flaw: Flaw | None = None,
     ) -> None:
         self.epochs = epochs
         self.coordinators = coordinators
+        self.chained = chained
         self.table = table or Table()
         self.flaw = flaw
 
@@ -160,23 +172,22 @@ class Protocol:
                 yield _reach(s, i, "rollback is lost", far & ~Far.ROLLBACK)
 
     def _publisher_and_operator(self, s: State) -> Moves:
-        rows = s.rows
+        """A retry raises the epoch and leaves the transaction to whoever claims it."""
+        rows, steps = s.rows, s.rows.steps
         if rows.outbox and not s.published:
             yield Move(0, "publish", s._replace(published=True))
-        if to := self.table.tx("resolve", rows.tx, rows.steps):
+        if to := self.table.tx("resolve", rows.tx, steps):
             yield Move(0, "resolve", s._replace(rows=rows._replace(tx=to)))
+        if rows.epoch < self.epochs and (to := self.table.tx("retry", rows.tx, steps)):
+            yield Move(0, "retry", s._replace(rows=rows._replace(tx=to, epoch=rows.epoch + 1)))
 
     def _takeover(self, s: State) -> Moves:
-        """A coordinator without work raises the epoch and is the owner: by a claim, or for the operator's retry."""
-        rows, table = s.rows, self.table
-        if rows.epoch == self.epochs or len(s.coordinators) == self.coordinators:
-            return
-        epoch = rows.epoch + 1
-        if rows.tx in table.driven:
-            yield _take(s, "claim", rows._replace(epoch=epoch))
-        if to := table.tx("retry", rows.tx, rows.steps):
-            again = tuple((step == S["PARKED"] and table.step("undo", to, step)) or step for step in rows.steps)
-            yield _take(s, "retry", Rows(to, epoch, again))
+        """A coordinator without work raises the epoch, reads the rows and is the owner."""
+        rows = s.rows
+        if rows.tx in self.table.driven and rows.epoch < self.epochs and len(s.coordinators) < self.coordinators:
+            rows = rows._replace(epoch=rows.epoch + 1)
+            seats = (*s.coordinators, Coordinator(rows))
+            yield Move(0, f"claim as epoch {rows.epoch}", State(rows, s.published, s.far, seats))
 
     def _coordinator(self, s: State, me: Coordinator) -> Moves:
         i = me.step
@@ -188,7 +199,7 @@ class Protocol:
             case Doing.FORWARD:
                 yield _send(s, me, "forward", i, Doing.FORWARDED)
             case Doing.FORWARDED if self.flaw is Flaw.SEND_BEFORE_INTENT and me.seen.steps[i] == S["PLANNED"]:
-                yield from self._step(s, me, "intend", i, Doing.FORWARDED)
+                yield from self._step(s, me, "intend", i, Doing.FORWARDED, i)
             case Doing.FORWARDED:
                 if s.far[i] & Far.SAID_YES:
                     yield from self._step(s, me, "done", i)
@@ -200,8 +211,8 @@ class Protocol:
                 yield _send(s, me, "rollback", i, Doing.ROLLED)
             case Doing.ROLLED:
                 if s.far[i] & Far.UNDONE:
-                    yield from self._step(s, me, "undone", i)
-                yield from self._step(s, me, "park", i)
+                    yield from self._step(s, me, "undone", i, at=i - 1)
+                yield from self._step(s, me, "park", i, at=i - 1)
                 yield _go(s, me, "tries again", Doing.ROLLBACK, i)
             case Doing.ABORT:
                 yield from self._tx(s, me, "abort")
@@ -218,7 +229,7 @@ class Protocol:
         elif self.flaw is Flaw.SEND_BEFORE_INTENT and steps[i] == S["PLANNED"]:
             yield _go(s, me, "turns to", Doing.FORWARD, i)
         else:
-            yield from self._step(s, me, "intend", i, Doing.FORWARD)
+            yield from self._step(s, me, "intend", i, Doing.FORWARD, i)
             if steps[i] == S["INTENT"]:  # an owner before this one may have sent it
                 yield from self._step(s, me, "unknown", i)
                 yield _go(s, me, "turns to", Doing.FORWARD, i)
@@ -228,24 +239,28 @@ class Protocol:
                     yield _send(s, me, "rollback", n, Doing.ABORT)
 
     def _compensate(self, s: State, me: Coordinator) -> Moves:
-        """The steps in reverse; a parked one waits for the operator's retry."""
-        for i, step in reversed(tuple(enumerate(me.seen.steps))):
-            if step == S["RB_INTENT"]:
+        """The steps once in reverse, those that an owner before parked too; what a parked one stands on is left."""
+        steps = me.seen.steps
+        for i in range(me.step, -1, -1):
+            if self.chained and not SETTLED.issuperset(steps[i + 1 :]):
+                continue
+            if steps[i] == S["RB_INTENT"]:
                 yield _go(s, me, "turns to", Doing.ROLLBACK, i)
                 return
-            if step != S["PARKED"] and (undo := self._step(s, me, "undo", i, Doing.ROLLBACK)):
+            if undo := self._step(s, me, "undo", i, Doing.ROLLBACK, i):
                 yield from undo
                 return
         yield from self._tx(s, me, "compensated") or self._tx(s, me, "park")
 
-    def _step(self, s: State, me: Coordinator, name: str, i: int, doing: str = Doing.READY) -> list[Move[State]]:
+    def _step(
+        self, s: State, me: Coordinator, name: str, i: int, doing: str = Doing.READY, at: int = LAST
+    ) -> list[Move[State]]:
         """A step's durable move, if the table has it for what the coordinator has seen."""
         to = self.table.step(name, me.seen.tx, me.seen.steps[i])
         if to is None:
             return []
         if s.rows.steps[i] != me.seen.steps[i] or not self._stored(s, me):
             return [_go(s, me, OVERTAKEN, None)]
-        at = 0 if doing == Doing.READY else i  # ready, it is at none
         return [_write(s, me, f"{name} {i}", lambda rows: rows._replace(steps=_put(rows.steps, i, to)), doing, at)]
 
     def _tx(self, s: State, me: Coordinator, name: str) -> list[Move[State]]:
@@ -277,11 +292,6 @@ def _reach(s: State, i: int, what: str, far: int) -> Move[State]:
     return Move(0, f"{what} {i}", State(s.rows, s.published, _put(s.far, i, far), s.coordinators))
 
 
-def _take(s: State, what: str, rows: Rows) -> Move[State]:
-    seats = (*s.coordinators, Coordinator(rows))
-    return Move(0, f"{what} as epoch {rows.epoch}", State(rows, s.published, s.far, seats))
-
-
 def _go(s: State, me: Coordinator, what: str, doing: str | None, i: int = 0) -> Move[State]:
     now, label = (None, what) if doing is None else (Coordinator(me.seen, doing, i), f"{what} {i}")
     return Move(me.seen.epoch, label, State(s.rows, s.published, s.far, _seats(s, me, now)))
@@ -294,9 +304,9 @@ def _send(s: State, me: Coordinator, what: str, i: int, doing: str) -> Move[Stat
 
 
 def _write(
-    s: State, me: Coordinator, what: str, change: Callable[[Rows], Rows], doing: str | None, i: int = 0
+    s: State, me: Coordinator, what: str, change: Callable[[Rows], Rows], doing: str | None, at: int = LAST
 ) -> Move[State]:
     rows = change(s.rows)
     seen = rows if s.rows == me.seen else change(me.seen)
-    now = None if doing is None else Coordinator(seen, doing, i)
+    now = None if doing is None else Coordinator(seen, doing, at)
     return Move(me.seen.epoch, what, State(rows, s.published, s.far, _seats(s, me, now)))
