@@ -21,8 +21,7 @@ from urllib.parse import urlsplit
 
 from anyio import to_thread
 
-from spine import Refused, RunFacts, Spine, TransactionFailed
-from spine.effects import Effect
+from spine import Effect, Refused, RunFacts, Spine, TransactionFailed
 
 BASE_CENTS = 100
 OPERATION_CENTS = 5

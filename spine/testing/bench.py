@@ -27,9 +27,8 @@ PROBE_S: Final = 10.0
 # A check repeats sooner than Spine does: it waits for lost replies, not for systems that are down.
 PAUSE_FIRST_S: Final = 0.02
 PAUSE_MOST_S: Final = 0.5
-UNSEEN: Final = (
-    "nobody saw what the other system holds: pass live=, or give the domain an `async status(effect)` that is right"
-)
+UNSEEN: Final = "nobody saw what the other system holds: pass live="
+STATUS_TOO: Final = ", or give the domain an `async status(effect)` that is right"
 UNCOUNTED: Final = (
     "nobody saw whether it happened once or twice: let live= return how many effects of this id there are"
 )
@@ -181,10 +180,15 @@ class Bench:
             raise Broken(f"effect {effect.id}: status {when} {told(ending)}; its words are {', '.join(STATUSES)}")
         return str(ending.value)
 
+    async def awake(self) -> None:
+        """Let every call that is held up go on to its end."""
+        for call in list(self._calls):
+            call.release()
+            await call.end(self.timeout_s)
+
     async def close(self) -> None:
         """End every call that is under way, and roll back what is left, as far as that goes."""
         for call in list(self._calls):
-            call.release()
             await call.cut()
         if self.cls is DomainClass.EXTERNAL:
             for effect in list(self.left.values()):
@@ -209,7 +213,7 @@ class Bench:
             if once:
                 self.notes.append(UNCOUNTED)
         else:
-            self.notes.append(UNSEEN)
+            self.notes.append(UNSEEN + ("" if self.cls is DomainClass.POST else STATUS_TOO))
 
     async def _probe(self, effect: Effect) -> int:
         assert self.live is not None

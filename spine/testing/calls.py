@@ -128,7 +128,9 @@ class Call:
             self.waits += 1
             if self.waits == self._cut_at:
                 self._reached.set_result(None)
-                self.task.cancel()
+                this = asyncio.current_task()
+                assert this is not None
+                this.cancel()
             try:
                 value = yield waits_for
                 if self.waits == self._hold_at:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from spine.domains import Refused
 from spine.effects import ABSENT, APPLIED, TOMBSTONED, Effect
 from spine.testing.bench import Bench, Broken, Unseen, answer_of, recorded
-from spine.testing.calls import CANCEL_GRACE_S, Answered, told
+from spine.testing.calls import CANCEL_GRACE_S, Answered, Call, told
 
 # What Spine's watchdog reports by default.
 BLOCKED_S: Final = 0.5
@@ -49,11 +48,15 @@ async def recordable(bench: Bench) -> None:
 
 
 async def loop(bench: Bench) -> None:
-    """No call keeps the event loop to itself."""
+    """No call keeps the event loop to itself; the better of two tries counts, for a machine may be busy."""
     effect = bench.effect()
     for what in bench.has():
-        await bench.ask(what, effect)
-        if (seconds := bench.held_s[what]) >= BLOCKED_S:
+        held_s = []
+        for _ in range(2):
+            bench.held_s.pop(what, None)
+            await bench.ask(what, effect)
+            held_s.append(bench.held_s[what])
+        if (seconds := min(held_s)) >= BLOCKED_S:
             raise Broken(f"{what} kept the event loop to itself for {seconds:.1f} s")
 
 
@@ -89,7 +92,8 @@ async def repeated(bench: Bench) -> None:
 async def concurrent(bench: Bench) -> None:
     """Duplicates under way at the same time are one effect; a duplicate may fail, but not say otherwise."""
     effect = bench.effect()
-    calls = [bench.start(bench.act, effect) for _ in range(DUPLICATES)]
+    # Of processes of their own, where that can be: a lock within one keeps no other out.
+    calls = [bench.start(bench.act, effect, by=bench.another()) for _ in range(DUPLICATES)]
     endings = [await bench.end(bench.act, call) for call in calls]
     said = [answer_of(ending) for ending in endings if isinstance(ending, Answered)]
     said.append(await bench.applied(effect, "after duplicates"))
@@ -190,8 +194,15 @@ async def overtaken(bench: Bench) -> None:
         effect = bench.effect()
         call = bench.start("forward", effect, hold_at=at)
         held = await call.reached(bench.timeout_s)
-        await bench.undone(effect, f"while forward was held up at wait {at}")
-        call.release()
+        try:
+            await bench.undone(effect, f"while forward was held up at wait {at}", by=bench.another())
+        except Broken as broken:
+            if bench.restarted is not None:
+                raise
+            why = f"{broken}; if it waits for that forward, pass restarted=: the next process has no lock of it"
+            raise Unseen(why) from broken
+        finally:
+            call.release()
         ending = await bench.end("forward", call)
         if held:
             when = f"after a rollback overtook forward at wait {at}, which then {told(ending)}"
@@ -207,8 +218,8 @@ async def cancellation(bench: Bench) -> None:
     if not waiting:
         raise Unseen("no call waits for anything: there was nothing to give up")
     for what, cut in [(method, cut) for method in waiting for cut in _cuts(bench, method)]:
-        if await _cut_off(bench, what, bench.effect(), cut):
-            raise Broken(f"{what} was cancelled {cut} and still ran {CANCEL_GRACE_S:g} s later")
+        if (await _cut_off(bench, what, bench.effect(), cut)).still_runs:
+            raise Broken(f"{what} {cut} still ran {CANCEL_GRACE_S:g} s later")
 
 
 async def restart(bench: Bench) -> None:
@@ -228,7 +239,7 @@ async def restart(bench: Bench) -> None:
 
 async def crash(bench: Bench) -> None:
     """An effect whose process crashed in the middle is taken up by the next one."""
-    for cut in _cuts(bench, bench.act):
+    for cut in [*_cuts(bench, bench.act), *_kills(bench, bench.act)]:
         effect = bench.effect()
         await _cut_off(bench, bench.act, effect, cut)
         when = f"after a crash {cut}"
@@ -241,26 +252,29 @@ async def crash(bench: Bench) -> None:
 
 async def crash_undone(bench: Bench) -> None:
     """An effect whose process crashed in the middle can be rolled back, and stays away."""
-    for cut in _cuts(bench, "forward"):
+    for cut in [*_cuts(bench, "forward"), *_kills(bench, "forward")]:
         effect = bench.effect()
         await _cut_off(bench, "forward", effect, cut)
         await bench.undone(effect, f"after a crash {cut} of forward", by=bench.another())
+        await bench.expect(effect, f"after a crash {cut} of forward and a rollback", live=False)
         await _stays_away(bench, effect, f"after a crash {cut} of forward and a rollback")
 
 
 async def crash_rollback(bench: Bench) -> None:
     """A rollback whose process crashed in the middle is repeated by the next one."""
-    for cut in _cuts(bench, "rollback"):
+    for cut in [*_cuts(bench, "rollback"), *_kills(bench, "rollback")]:
         effect = bench.effect()
         await bench.applied(effect, "for the first time")
         await _cut_off(bench, "rollback", effect, cut)
         await bench.undone(effect, f"after a crash {cut} of rollback", by=bench.another())
+        await bench.expect(effect, f"after a crash {cut} of rollback and a repeat", live=False)
         await _stays_away(bench, effect, f"after a crash {cut} of rollback and a repeat")
 
 
 async def settled(bench: Bench) -> None:
     """What was rolled back is still gone at the end, whatever was under way has arrived."""
     sound = list(bench.sound.values())
+    await bench.awake()
     for effect in sound:
         if effect.id in bench.undone_ids:
             await bench.expect(effect, "at the end of the check", live=False)
@@ -280,26 +294,32 @@ async def _stays_away(bench: Bench, effect: Effect, when: str, *, by: object = N
         await bench.expect(effect, f"a forward {when} {told(ending)}", live=False)
 
 
+@dataclass(frozen=True, slots=True)
 class _Cut:
-    """Where a call is cut off: at its wait ``at`` (from 1), or after ``seconds``."""
+    """Where a call is cut off: at its wait ``at`` (from 1), or after ``seconds``; ``killed``, it cleans nothing up."""
 
-    def __init__(self, at: int = 0, seconds: float = 0.0) -> None:
-        self.at = at
-        self.seconds = seconds
+    at: int = 0
+    seconds: float = 0.0
+    killed: bool = False
 
     def __str__(self) -> str:
-        return f"at wait {self.at}" if self.at else f"after {self.seconds * 1e3:.1f} ms"
+        how = "killed" if self.killed else "cancelled"
+        return f"({how} at wait {self.at})" if self.at else f"({how} after {self.seconds * 1e3:.1f} ms)"
 
 
-async def _cut_off(bench: Bench, what: str, effect: Effect, cut: _Cut) -> bool:
-    """Begin a call and cut it off; whether it still runs when it was given the time to end."""
+async def _cut_off(bench: Bench, what: str, effect: Effect, cut: _Cut) -> Call:
+    """Begin a call and cut it off; where it was cancelled it is given the time to end."""
+    if cut.killed:
+        call = bench.start(what, effect, by=bench.another(), hold_at=cut.at)
+        await call.reached(bench.timeout_s)
+        return call
     call = bench.start(what, effect, cut_at=cut.at)
     if cut.at:
         await call.reached(bench.timeout_s)
     else:
         await asyncio.wait({call.task}, timeout=cut.seconds)
     await call.cut()
-    return call.still_runs
+    return call
 
 
 def _waits(bench: Bench, what: str) -> list[int]:
@@ -307,13 +327,20 @@ def _waits(bench: Bench, what: str) -> list[int]:
     waits = bench.waits.get(what, 0)
     if waits == 0:
         raise Unseen(f"{what} never waits for anything: there is no moment in its middle")
-    if waits > CUTS_MOST:
-        bench.notes.append(f"{what} waits {waits} times: only {CUTS_MOST} of them were tried")
-    return [1 + n * waits // CUTS_MOST for n in range(CUTS_MOST)] if waits > CUTS_MOST else list(range(1, waits + 1))
+    if waits <= CUTS_MOST:
+        return list(range(1, waits + 1))
+    bench.notes.append(f"{what} waits {waits} times: only {CUTS_MOST} of them were tried")
+    return [1 + n * waits // CUTS_MOST for n in range(CUTS_MOST)]
 
 
-def _cuts(bench: Bench, what: str) -> Iterator[_Cut]:
-    for at in _waits(bench, what):
-        yield _Cut(at)
-    for share in SHARES:
-        yield _Cut(seconds=share * bench.took_s[what])
+def _cuts(bench: Bench, what: str) -> list[_Cut]:
+    shares = [_Cut(seconds=share * bench.took_s.get(what, 0.0)) for share in SHARES]
+    return [*(_Cut(at) for at in _waits(bench, what)), *shares]
+
+
+def _kills(bench: Bench, what: str) -> list[_Cut]:
+    """A killed call stands still where it waited: only a domain made anew knows nothing of it."""
+    if bench.restarted is None:
+        bench.notes.append("a process that is killed, and cleans nothing up, was not tried: pass restarted=")
+        return []
+    return [_Cut(at, killed=True) for at in _waits(bench, what)]

@@ -73,14 +73,6 @@ _OUTSIDE: Final = (
         post=True,
     ),
     Clause(
-        "concurrent",
-        "duplicates at the same time have one effect and one answer",
-        "let the other system decide by a unique key on effect.id: to look before the act is not enough",
-        clauses.concurrent,
-        ("repeated",),
-        post=True,
-    ),
-    Clause(
         "rollback",
         "an applied effect is undone",
         "undo what effect.id names, and return only when it is undone",
@@ -130,11 +122,27 @@ _OUTSIDE: Final = (
         ("repeated", "rollback"),
     ),
     Clause(
+        "restart",
+        "what was done is known to the other system, not only to this process",
+        "keep idempotency keys and tombstones where the effect is, never in the domain's memory",
+        clauses.restart,
+        ("repeated", "tombstone"),
+        post=True,
+    ),
+    Clause(
+        "concurrent",
+        "duplicates at the same time have one effect and one answer",
+        "let the other system decide by a unique key on effect.id: to look before the act is not enough",
+        clauses.concurrent,
+        ("repeated", "restart"),
+        post=True,
+    ),
+    Clause(
         "overtaken",
         "a rollback that overtakes a forward under way wins, wherever that forward is held up",
         "let the other system look for the tombstone in the transaction that applies the effect, not in a call before",
         clauses.overtaken,
-        ("tombstone",),
+        ("tombstone", "restart"),
     ),
     Clause(
         "cancellation",
@@ -145,19 +153,11 @@ _OUTSIDE: Final = (
         post=True,
     ),
     Clause(
-        "restart",
-        "what was done is known to the other system, not only to this process",
-        "keep idempotency keys and tombstones where the effect is, never in the domain's memory",
-        clauses.restart,
-        ("repeated", "tombstone"),
-        post=True,
-    ),
-    Clause(
         "crash",
         "cut off anywhere and called again, it has one effect and one answer",
         "have the other system take effect and idempotency key in one transaction, by one request",
         clauses.crash,
-        ("cancellation", "concurrent", "restart"),
+        ("cancellation", "concurrent"),
         post=True,
     ),
     Clause(
@@ -165,7 +165,7 @@ _OUTSIDE: Final = (
         "cut off anywhere, a forward can be rolled back and stays away",
         "have forward act by one request, or let rollback undo every part of it",
         clauses.crash_undone,
-        ("cancellation", "overtaken", "restart"),
+        ("cancellation", "overtaken"),
     ),
     Clause(
         "crash_rollback",

@@ -6,14 +6,19 @@ import asyncio
 import itertools
 import math
 import pickle
+import re
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
+import spine
 from spine.domains import BUILT_INS, Refused, RunFacts
 from spine.effects import ABSENT, APPLIED, TOMBSTONED, Effect
 from spine.governance.transactions import DomainClass
@@ -24,6 +29,8 @@ from spine.testing.contract import CONTRACT
 
 pytestmark = pytest.mark.anyio
 
+DOCS = Path(next(iter(spine.__path__))).parent / "docs"
+GUIDED = ("'ledger' (LOCAL)", "'letters' (POST)")
 POOR = RunFacts("run-poor", "poor", "succeeded", "", 0)
 EVERY = ["declared", *(clause.name for clause in CONTRACT[DomainClass.EXTERNAL])]
 
@@ -211,7 +218,9 @@ async def test_a_late_forward_that_raises_is_refused_whoever_looks():
         def apply(self, effect: Effect) -> Any:
             return Kept.apply(self, effect)
 
-    assert "tombstone" in names((await check_domain(Raises(World()))).passed)
+    report = await check_domain(Raises(World()))
+    assert "tombstone" in names(report.passed)
+    assert set(names(report.unchecked)) == BLIND | {"status", "tombstoned"}
 
 
 async def test_status_is_eyes_enough_for_all_but_the_count():
@@ -242,6 +251,32 @@ async def test_a_domain_that_never_waits_has_no_middle_to_crash_in():
     assert "never waits" in unchecked["crash"]
 
 
+class Locked(Kept):
+    """One call at a time: a lock in this process."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.lock = asyncio.Lock()
+        self.timeout_s = 0.1
+
+    async def forward(self, effect: Effect) -> Any:
+        async with self.lock:
+            return await super().forward(effect)
+
+    async def rollback(self, effect: Effect) -> None:
+        async with self.lock:
+            await super().rollback(effect)
+
+
+async def test_a_lock_in_the_process_is_not_taken_for_a_defect():
+    """A dead process holds no lock; without ``restarted`` there is only this one."""
+    assert names((await report_of(Locked)).passed) == EVERY
+    unchecked = {finding.clause: finding.detail for finding in (await report_of(Locked, restarted=None)).unchecked}
+    assert set(unchecked) == {"restart", "overtaken", "crash", "crash_undone", "crash_rollback"}
+    assert "gave no answer within 0.1 s; if it waits for that forward, pass restarted=" in unchecked["overtaken"]
+    assert "killed" in unchecked["crash"]
+
+
 async def test_more_waits_than_can_be_tried_are_told():
     class Long(Kept):
         async def pause(self) -> None:
@@ -257,7 +292,17 @@ async def test_what_stands_on_a_broken_clause_is_not_checked():
         await report_of(NoTombstone)
     unchecked = {finding.clause: finding.detail for finding in told.value.report.unchecked}
     assert unchecked == dict.fromkeys(
-        ("tombstoned", "refusal", "overtaken", "restart", "crash", "crash_undone", "crash_rollback", "settled"),
+        (
+            "tombstoned",
+            "refusal",
+            "restart",
+            "concurrent",
+            "overtaken",
+            "crash",
+            "crash_undone",
+            "crash_rollback",
+            "settled",
+        ),
         "it rests on tombstone, which is broken",
     )
 
@@ -506,6 +551,29 @@ class FinishesAlone(Kept):
                 self.world.add(key)
 
 
+class TidiesUpOnlyIfItLives(Kept):
+    """What it has not booked it frees when it is given up, or finds the tombstone; killed, it does neither."""
+
+    async def forward(self, effect: Effect) -> Any:
+        answer = self.apply(effect)
+        booked = self.world.__dict__.setdefault("booked", set())
+        try:
+            await self.pause()
+            self.apply(effect)
+        except BaseException:
+            if effect.id not in booked:
+                self.world.held.pop(effect.id, None)
+            raise
+        booked.add(effect.id)
+        return answer
+
+    async def rollback(self, effect: Effect) -> None:
+        await self.pause()
+        self.world.tombs.add(effect.id)
+        if effect.id in self.world.__dict__.setdefault("booked", set()):
+            self.world.held.pop(effect.id, None)
+
+
 class TombstoneFirst(Kept):
     """The tombstone is there before the effect is gone, and who finds it does nothing more."""
 
@@ -606,11 +674,12 @@ BROKEN = [
     (ByRun, "independent", "forward after another effect was rolled back raised Refused (GONE"),
     (UndoesAll, "independent", "after"),
     (TombstoneSeenTooEarly, "overtaken", "after a rollback overtook forward at wait 1, which then answered"),
-    (Swallows, "cancellation", "forward was cancelled at wait 1 and still ran 1 s later"),
+    (Swallows, "cancellation", "forward (cancelled at wait 1) still ran 1 s later"),
     (InMemory, "restart", "and after a restart"),
-    (KeyFirst, "crash", "after a crash at wait 1 and a repeat, it is to be live once, but live= counts 0"),
-    (FinishesAlone, "crash_undone", "after a crash at wait 1 of forward and a rollback"),
-    (TombstoneFirst, "crash_rollback", "after a crash at wait 1 of rollback and a repeat"),
+    (KeyFirst, "crash", "after a crash (cancelled at wait 1) and a repeat, it is to be live once, but live= counts 0"),
+    (FinishesAlone, "crash_undone", "after a crash (cancelled at wait 1) of forward and a rollback, nothing"),
+    (TidiesUpOnlyIfItLives, "crash_undone", "after a crash (killed at wait 1) of forward and a rollback, nothing"),
+    (TombstoneFirst, "crash_rollback", "after a crash (cancelled at wait 1) of rollback and a repeat"),
     (Blocks, "loop", "forward kept the event loop to itself for 0."),
     (Down, "answers", "forward for the first time raised ConnectionRefusedError: nobody listens"),
     (Hangs, "answers", "forward for the first time gave no answer within 0.05 s"),
@@ -646,6 +715,20 @@ async def test_what_comes_back_after_its_rollback_is_found_at_the_end():
         later = 4
 
     assert list(await violated(FinishesLater)) == ["settled"]
+
+
+async def test_a_process_that_stood_still_for_the_whole_check_is_refused_too():
+    """Tombstones that are kept for a while only do not outlast it."""
+
+    class Forgets(Kept):
+        def undo(self, effect: Effect) -> None:
+            super().undo(effect)
+            lasting = self.world.__dict__.setdefault("lasting", [])
+            lasting.append(effect.id)
+            if len(lasting) > 5:
+                self.world.tombs.discard(lasting.pop(0))
+
+    assert list(await violated(Forgets)) == ["settled"]
 
 
 async def test_a_status_that_lies_is_caught_by_the_probe():
@@ -698,6 +781,25 @@ async def test_the_report_reads_as_a_list():
     assert lines[1].startswith("  not checked: refusal: ")
     assert lines[2].startswith("    because: no completion is known that the domain refuses")
     assert lines[3].startswith("  passed: declared: ")
+
+
+@pytest.mark.skipif(not DOCS.exists(), reason="only a source tree has the guide")
+def test_the_guide_runs_as_printed(tmp_path: Path):
+    """Its pieces are one program, whose LOCAL, EXTERNAL and POST domains keep the contract."""
+    guide = (DOCS / "domains.md").read_text(encoding="utf-8")
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```", guide, re.DOTALL | re.MULTILINE))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    heads = [line.split(", seed")[0] for line in done.stdout.splitlines() if line.startswith("the participant")]
+    assert heads == [f"the participant contract of domain {kind}" for kind in GUIDED]
+    assert "violated: " not in done.stdout
 
 
 # -- declarations
@@ -872,7 +974,7 @@ class MailsOnce(Mails):
 async def test_a_post_domain_passes():
     report = await report_of(Mails)
     assert names(report.passed) == [
-        "declared", "descriptor", "answers", "loop", "repeated", "concurrent", "cancellation", "restart", "crash",
+        "declared", "descriptor", "answers", "loop", "repeated", "restart", "concurrent", "cancellation", "crash",
     ]  # fmt: skip
     assert report.unchecked == report.violated == ()
 
