@@ -123,7 +123,8 @@ async def never_applied(bench: Bench) -> None:
     """A rollback of what never happened is accepted."""
     effect = bench.effect()
     await bench.undone(effect, "of an effect that was never applied")
-    await bench.expect(effect, "after rollback of what was never applied", live=False)
+    if bench.sees:
+        await bench.expect(effect, "after rollback of what was never applied", live=False)
 
 
 async def rollback_repeated(bench: Bench) -> None:

@@ -187,7 +187,7 @@ def test_it_is_run_by_asyncio_alone():
 # -- what it cannot see it does not claim
 
 BLIND = {
-    "repeated", "concurrent", "rollback", "rollback_repeated", "never_applied", "independent", "overtaken", "refusal",
+    "repeated", "concurrent", "rollback", "rollback_repeated", "independent", "overtaken", "refusal",
     "crash", "crash_undone", "crash_rollback", "restart", "settled",
 }  # fmt: skip
 
