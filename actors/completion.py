@@ -14,7 +14,7 @@ from actors.records import recordable, text
 from actors.verdicts import lacking
 from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, effect_id
 from spine.explain.story import JournalRow
-from spine.governance.params import detached
+from spine.governance.params import detached, id_problem
 from spine.governance.transactions import (
     CompleteRun,
     DomainClass,
@@ -55,7 +55,7 @@ class Step:
         """The id of what the domain wrote or did: what it returned as ``id``, else the effect's own."""
         if self.result is not None:
             given = self.result.get("id")
-            return given if isinstance(given, str) and given else self.effect_id
+            return self.effect_id if id_problem("id", given) else str(given)
         return self.effect_id if self.state is StepState.DONE else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -270,7 +271,8 @@ class Saga:
             plan.epoch,
             attempt,
             self._clock.monotonic() + timeout_of(step.domain),
-            step.descriptor,
+            # Its own: what it changes in it must not reach the next call.
+            deepcopy(dict(step.descriptor)),
         )
         method = getattr(step.domain, what)
         call = self._call = self._own.exchange.loop.create_task(self._own.calls.call(step.name, what, method, effect))

@@ -116,11 +116,15 @@ class Takeover:
             async with gate:
                 plan = await self._reloaded(row)
                 strange = self._strange(plan)
-                if not strange and await self._claim(row):
-                    # Read again: whoever had it could still write until the claim.
-                    claimed = await self._source.transaction_by_id(row.tx_id)
-                    assert claimed is not None
-                    await self._drive(await self._reloaded(claimed))
+                if strange or not await self._claim(row):
+                    return
+                # Read again: whoever had it could still write until the claim ...
+                claimed = await self._source.transaction_by_id(row.tx_id)
+                assert claimed is not None
+                plan = await self._reloaded(claimed)
+                # ... and whoever finds this process too slow may have claimed it since.
+                if (plan.epoch, claimed.instance) == (row.epoch + 1, self._instance):
+                    await self._drive(plan)
         finally:
             if not strange:
                 self._known.discard(row.tx_id)
