@@ -76,7 +76,8 @@ class Attempts:
         self._driving = driving
         self._outbox = outbox
         self._exchange = deps.exchange
-        self._running: dict[tuple[str, str], asyncio.Future[None]] = {}
+        # What runs here; each tells those who wait for it which transaction failed.
+        self._running: dict[tuple[str, str], asyncio.Future[str]] = {}
         self._sagas: dict[str, Saga] = {}
         self._stopping = False
 
@@ -102,17 +103,22 @@ class Attempts:
                 code="INVALID_PARAMS",
             )
         key = (request.run_id, request.completion_key)
+        waited, mine = "", ""
         while (running := self._running.get(key)) is not None:
             await asyncio.wait([running], timeout=max(0.0, envelope.deadline - self._exchange.clock.monotonic()))
             if envelope.done:
                 raise endings.unavailable(request, "another completion of it took longer than its caller waits")
+            waited = waited or (running.result() if running.done() else "")
         self._running[key] = self._exchange.loop.create_future()
         try:
-            return await self._attempt(envelope, request)
+            return await self._attempt(envelope, request, waited)
+        except TransactionFailed as error:
+            mine = error.transaction_id or ""
+            raise
         except JournalError as error:
             raise endings.unavailable(request, str(error)) from error
         finally:
-            self._running.pop(key).set_result(None)
+            self._running.pop(key).set_result("" if mine == waited else mine)
 
     async def resume(self, plan: Plan) -> None:
         """Go on with a transaction that was taken over; nobody waits for its result."""
@@ -125,7 +131,8 @@ class Attempts:
         finally:
             self._driving.counts["recovered"] += plan.state.in_flight is False
 
-    async def _attempt(self, envelope: Envelope, request: CompleteRun) -> TransactionResult:
+    async def _attempt(self, envelope: Envelope, request: CompleteRun, waited: str) -> TransactionResult:
+        """``waited`` is the transaction whose end the caller waits for: if it was aborted, that is the answer."""
         # What the run's buffered operations left stands before its completion, and is counted by it.
         await self._deps.recorder.flushed()
         digest = completion_digest(request)
@@ -143,9 +150,13 @@ class Attempts:
                 if owner is not None:
                     prior = await self._source.transaction(request.run_id, request.completion_key)
                 if prior is not None and TxState(prior.state).in_flight:
+                    waited = prior.tx_id
                     await self._wait_for(request, prior, digest)
                     continue
-                if prior is not None and prior.state not in (TxState.ABORTED, TxState.ABORTED_MANUAL):
+                if prior is not None and (
+                    prior.state not in (TxState.ABORTED, TxState.ABORTED_MANUAL)
+                    or (prior.tx_id, prior.digest) == (waited, digest)
+                ):
                     return await self._stored(request, prior, digest)
                 if not await self._may_begin(envelope, request, starts=owner is None):
                     continue
@@ -155,6 +166,7 @@ class Attempts:
                 )
                 if ended is not None:
                     return ended
+                waited = plan.tx_id
             finally:
                 if owner is None:
                     self._deps.runs.abandoned(request.run_id)
@@ -375,11 +387,11 @@ class Attempts:
 
     async def _stored(self, request: CompleteRun, prior: TransactionRow, digest: str) -> TransactionResult:
         """The result of a completion that ended before; raises what it ended with."""
-        if prior.state != TxState.COMMITTED or prior.seq_ended is None:
-            raise endings.not_committed(request, prior)
+        body = {} if prior.seq_ended is None else await self._deps.source.body_at(prior.seq_ended)
+        if prior.state != TxState.COMMITTED or not body:
+            raise endings.not_committed(request, prior, body)
         if prior.digest != digest:
             raise endings.conflict(request, prior, digest)
-        body = await self._deps.source.body_at(prior.seq_ended)
         rows = await self._source.run_rows(request.run_id)
         return endings.stored(TransactionResult.from_dict(body["result"]), prior.tx_id, [row.body for row in rows])
 
