@@ -22,6 +22,7 @@ from actors.verdicts import with_verdict
 from spine.governance.authority import check_start
 from spine.governance.failpoints import BEGIN, of_tx
 from spine.governance.transactions import (
+    INTERRUPTED,
     CompleteRun,
     TransactionFailed,
     TransactionPhase,
@@ -80,7 +81,8 @@ class Attempts:
         self._outbox = outbox
         self._exchange = deps.exchange
         self._refusals = Refusals(deps, source, parts, driving.recorder)
-        self._running: dict[tuple[str, str], asyncio.Future[None]] = {}
+        # What runs here; each tells those who wait for it which transaction failed.
+        self._running: dict[tuple[str, str], asyncio.Future[str]] = {}
         self._sagas: dict[str, Saga] = {}
         self._stopping = False
 
@@ -102,17 +104,22 @@ class Attempts:
         if problems := completion_problems(request):
             raise await self._refusals.told(envelope, request, endings.invalid(request, problems))
         key = (request.run_id, request.completion_key)
+        waited, mine = "", ""
         while (running := self._running.get(key)) is not None:
             await asyncio.wait([running], timeout=max(0.0, envelope.deadline - self._exchange.clock.monotonic()))
             if envelope.done:
                 raise endings.unavailable(request, "another completion of it took longer than its caller waits")
+            waited = waited or (running.result() if running.done() else "")
         self._running[key] = self._exchange.loop.create_future()
         try:
-            return await self._attempt(envelope, request)
+            return await self._attempt(envelope, request, waited)
+        except TransactionFailed as error:
+            mine = error.transaction_id or ""
+            raise
         except JournalError as error:
             raise endings.unavailable(request, str(error)) from error
         finally:
-            self._running.pop(key).set_result(None)
+            self._running.pop(key).set_result("" if mine == waited else mine)
 
     async def resume(self, plan: Plan) -> None:
         """Go on with a transaction that was taken over; nobody waits for its result."""
@@ -125,7 +132,8 @@ class Attempts:
         finally:
             self._driving.counts["recovered"] += plan.state.in_flight is False
 
-    async def _attempt(self, envelope: Envelope, request: CompleteRun) -> TransactionResult:
+    async def _attempt(self, envelope: Envelope, request: CompleteRun, waited: str) -> TransactionResult:
+        """``waited`` is the transaction whose end the caller waits for: if it was aborted, that is the answer."""
         # What the run's buffered operations left stands before its completion, and is counted by it.
         await self._deps.recorder.flushed()
         digest = completion_digest(request)
@@ -143,8 +151,11 @@ class Attempts:
                         raise await self._refusals.told(envelope, request, endings.conflict(request, prior, digest))
                     if not TxState(prior.state).in_flight:
                         return await self._stored(request, prior)
+                    waited = prior.tx_id
                     await self._wait_for(request, prior)
                     continue
+                if prior is not None and (prior.tx_id, prior.digest) == (waited, digest):
+                    await self._fail_like(request, prior)
                 if (refusal := await self._refusals.of(request)) is not None:
                     start = self._start(request, self._exchange.clock.time_us(), starts=owner is None)
                     if await self._refusals.recorded(envelope, request, refusal, start):
@@ -156,6 +167,7 @@ class Attempts:
                 )
                 if ended is not None:
                     return ended
+                waited = plan.tx_id
             finally:
                 if owner is None:
                     self._deps.runs.abandoned(request.run_id)
@@ -317,10 +329,18 @@ class Attempts:
             self._driving.log.published(cause, told)
         return result
 
+    async def _fail_like(self, request: CompleteRun, prior: TransactionRow) -> None:
+        """Who waited for an attempt that was rolled back is told so, unless nothing but a process's end undid it."""
+        try:
+            await self._stored(request, prior)
+        except TransactionFailed as failed:
+            if failed.code != INTERRUPTED:
+                raise
+
     async def _stored(self, request: CompleteRun, prior: TransactionRow) -> TransactionResult:
         """The result of a completion that ended before; raises what it ended with."""
-        if prior.state != TxState.COMMITTED or prior.seq_ended is None:
-            raise endings.not_committed(request, prior)
-        body = await self._deps.source.body_at(prior.seq_ended)
+        body = {} if prior.seq_ended is None else await self._deps.source.body_at(prior.seq_ended)
+        if prior.state != TxState.COMMITTED or not body:
+            raise endings.not_committed(request, prior, body)
         rows = await self._source.run_rows(request.run_id, "event", "event.published")
         return endings.stored(TransactionResult.from_dict(body["result"]), prior.tx_id, [row.body for row in rows])

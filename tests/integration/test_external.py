@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import subprocess
 import sys
@@ -485,6 +486,8 @@ async def test_more_calls_at_once_than_are_allowed_are_tried_again(
         done = await together(*[partial(complete, spine, f"run-{n}") for n in range(8)])
     assert all(result.is_complete for result in done)
     assert world.standing() == ["pay"] * 8
+    # A call that was refused was never made: nothing is left that nobody awaits.
+    gc.collect()
 
 
 # -- back
@@ -1022,6 +1025,41 @@ async def test_many_who_complete_one_run_at_once_make_one_transaction(database_u
     intact(database_url)
 
 
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("end", ["ROLLED_BACK", "PARKED"])
+async def test_many_who_complete_one_run_at_once_are_told_the_same_failure(
+    sqlite_url: str, world: World, end: str
+) -> None:
+    """Five callers on each of two Spines: one attempt, one error for all; who asks after that begins a new attempt."""
+    held = Held()
+    rollback = well if end == "ROLLED_BACK" else raises(OSError("away"))
+    domains = [Remote(world, rollback=rollback), Remote(world, "no", after=["pay"], forward=held)]
+    here, there = over(sqlite_url, *domains), over(sqlite_url, *domains)
+
+    async def held_back(do: Any) -> Any:
+        held.reached.set()
+        await held.let_go.wait()
+        raise Refused("NO_FUNDS", "the account is empty")
+
+    domains[1].forwards = held_back
+    async with running(here, there):
+        callers = [asyncio.ensure_future(failure(spine)) for spine in (here, there) * 5]
+        with anyio.fail_after(20):
+            await held.reached.wait()
+            await until(lambda: here.health().messages.in_flight + there.health().messages.in_flight >= 10)
+            held.let_go.set()
+            errors = await asyncio.gather(*callers)
+        assert {(error.phase, error.transaction_id) for error in errors} == {(end, errors[0].transaction_id)}
+        assert len({repr(error.domains) for error in errors}) == 1
+        for error in errors:
+            assert "pay" in error.message or "account is empty" in error.message
+        assert world.told("forward") == ["forward pay", "forward no"]
+        again = await failure(here)
+        assert (again.transaction_id != errors[0].transaction_id) == (end == "ROLLED_BACK")
+    assert len(transactions(sqlite_url)) == (2 if end == "ROLLED_BACK" else 1)
+    intact(sqlite_url)
+
+
 async def test_a_hundred_completions_at_once_each_end_their_own_way(database_url: str, world: World) -> None:
     """Every fourth is refused, every fourth loses its reply once, and nobody's end is another's."""
     flaky: dict[str, int] = {}
@@ -1114,7 +1152,6 @@ async def test_a_completion_goes_on_when_its_caller_has_waited_long_enough(sqlit
 @pytest.mark.parametrize("applied", [True, False])
 async def test_a_stop_gives_a_call_under_way_up_and_undoes_it(database_url: str, world: World, applied: bool) -> None:
     """Within the stop the effect is UNKNOWN, undone and recorded; the caller is told; the next start finds no work."""
-    held = Held() if applied else Held(raises(Exception))
     reached = asyncio.Event()
 
     async def forward(do: Any) -> Any:
@@ -1123,7 +1160,6 @@ async def test_a_stop_gives_a_call_under_way_up_and_undoes_it(database_url: str,
         reached.set()
         await hang(do)
 
-    del held
     spine = over(database_url, Remote(world), Remote(world, "ship", after=["pay"], forward=forward), drain_s=0.05)
     async with running(spine):
         caller = asyncio.create_task(complete(spine))
