@@ -45,7 +45,6 @@ class Call:
         "name",
         "on_stuck",
         "operation",
-        "preset",
         "queue_us",
         "request",
         "run_id",
@@ -85,7 +84,6 @@ class Call:
         self.settled = False
         self.slotted = False
         self.begins_run = False
-        self.preset = False
         self.told: str | None = None
         self.limiter: anyio.CapacityLimiter | None = None
         self.on_stuck: Callable[[Call], None] | None = None

@@ -152,7 +152,6 @@ class Conduct:
                 return self._unavailable(call, "the governance state kept changing while the decision was recorded")
 
     async def _decide_once(self, call: Call, refusal: AuthorityDecision | None, starts: bool) -> CommitOutcome | None:
-        call.preset = refusal is not None
         if refusal is not None:
             # A refused call owns no key: it must not answer for the call that does, or for the next try.
             if call.key is not None:

@@ -239,7 +239,7 @@ class Registry(Actor):
         if buffered and verdict.decision.allowed and not call.begins_run and not deps.recorder.full:
             deps.recorder.buffer(rows[0], verdict.governance.epoch if result is None else None)
             return None
-        epoch = verdict.governance.epoch if result is None and not call.preset else None
+        epoch = verdict.governance.epoch if result is None else None
         return await deps.recorder.commit(rows, epoch=epoch, run_id=call.run_id, parent=call.envelope, unit_id=unit_id)
 
     def _log(self, call: Call, record: Record) -> None:
