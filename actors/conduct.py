@@ -69,6 +69,12 @@ class Conduct:
             self._deps.recall.settle(call, answer if answer.durable else None)
         call.envelope.reply(answer)
 
+    def tell_late(self, call: Call) -> None:
+        """A handler ended after its caller had been answered without it."""
+        self._deps.exchange.tracer.fault(
+            "spine.operation.late", operation=call.name, decision_id=call.decision_id, run_id=call.run_id
+        )
+
     async def _answer(self, call: Call, refusal: AuthorityDecision | None) -> OperationResult:
         refusal = refusal or self._overdue(call)
         if refusal is None and call.key is not None:
@@ -93,9 +99,7 @@ class Conduct:
         call.ctx = call.context([], nested=partial(self._nested, call))
         result = await run_handler(call)
         if call.settled:
-            self._deps.exchange.tracer.fault(
-                "spine.operation.late", operation=call.name, decision_id=call.decision_id, run_id=call.run_id
-            )
+            self.tell_late(call)
             return result
         return await self._outcome(call, result, began)
 
