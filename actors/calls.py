@@ -125,6 +125,10 @@ class Call:
             self.cause = cause
             if self.handling and self.task is not None:
                 self.task.cancel()
+                exchange = self.envelope.exchange
+                exchange.deadlines.discard(self.deadline, self)
+                self.deadline = exchange.clock.monotonic() + CANCEL_GRACE_S
+                exchange.deadlines.add(self.deadline, self)
 
     def expire(self) -> None:
         """The operation's deadline passed: cancel the handler, and if it will not end, go on without it."""
@@ -132,8 +136,6 @@ class Call:
             return
         if self.cause is None:
             self.interrupt("TIMEOUT")
-            self.deadline += CANCEL_GRACE_S
-            self.envelope.exchange.deadlines.add(self.deadline, self)
         elif not self.settled and self.on_stuck is not None:
             self.on_stuck(self)
 
@@ -151,8 +153,7 @@ async def run_handler(call: Call) -> OperationResult:
         operation=call.name,
         decision_id=call.decision_id,
     )
-    deadline = call.deadline
-    exchange.deadlines.add(deadline, call)
+    exchange.deadlines.add(call.deadline, call)
     call.handling = True
     try:
         if operation.is_async:
@@ -170,7 +171,6 @@ async def run_handler(call: Call) -> OperationResult:
         return _raised(call, error)
     finally:
         call.handling = False
-        exchange.deadlines.discard(deadline, call)
         exchange.deadlines.discard(call.deadline, call)
     if call.cause is not None:
         return _cancelled(call)

@@ -490,6 +490,39 @@ async def test_an_idle_spine_stops_at_once_and_leaves_nothing_behind(sqlite_url:
     assert await spine.stop() == []
 
 
+@pytest.mark.parametrize("timeout_s", [30, 0.8])
+async def test_a_stop_records_the_interruption_of_a_handler_that_swallows_it(sqlite_url: str, timeout_s: float) -> None:
+    """It will not end, but its caller hears INTERRUPTED, durably, and the journal's decision is closed; it is leaked.
+
+    However near its own deadline is.
+    """
+    spine, release = Spine(sqlite_url, settings=Settings(drain_s=0.1)), asyncio.Event()
+
+    @spine.operation("work.stubborn", timeout_s=timeout_s)
+    async def stubborn(ctx: OperationContext) -> None:
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue
+
+    await spine.start()
+    call = asyncio.ensure_future(spine.execute("work.stubborn", tenant_id="acme", run_id="run-1"))
+    await until(lambda: spine.health().decisions["allowed"] == 1)
+    with Clocked() as stop:
+        receipts = await spine.stop()
+    assert stop.took < 10
+    assert {receipt.child: receipt.end for receipt in receipts}["registry"] == "leaked"
+    result = await call
+    assert (result.error_code, result.durable) == ("INTERRUPTED", True)
+    assert not unanswered(rows(sqlite_url))
+    (outcome,) = found(sqlite_url, "outcome")
+    assert outcome["error_code"] == "INTERRUPTED"
+    release.set()
+    await until(lambda: ours() == [])
+    assert_intact(sqlite_url)
+
+
 async def test_running_work_may_end_within_the_drain_time(sqlite_url: str) -> None:
     """The stop closes the door and waits for what is inside, nested calls included."""
     spine, gate = Spine(sqlite_url, settings=Settings(drain_s=20)), asyncio.Event()
