@@ -21,7 +21,7 @@ from spine.explain.contract import read_contract
 from spine.governance.contract import FINALIZE, Acknowledge, AckStatus, ContractError
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.params import PARAMS_MOST_BYTES, id_problem
-from spine.governance.units import Committed, GuardFailed, Record
+from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch
 from spine.kernel.errors import DeadlineExceeded, JournalError, JournalUnavailable, SpineError
 from spine.kernel.messages import Envelope
 
@@ -145,20 +145,23 @@ class Reports:
             try:
                 if owner is not None and owner != tenant_id:
                     raise SpineError(f"run {run_id!r} belongs to another tenant than {tenant_id!r}")
-                rows = [record]
+                rows, epoch = [record], None
                 if starts and run_id is not None:
                     state = self._deps.switch.state.effective(record.at)
-                    rows = [
-                        *implicit_start(self._deps, run_id, tenant_id, None, state, record.at, accepted=True),
-                        record,
-                    ]
-                outcome = await self._recorder.commit(rows, run_id=run_id, parent=envelope)
-                if isinstance(outcome, Committed):
-                    if starts and run_id is not None:
-                        runs.started(run_id, tenant_id)
-                    return True
-                if not (starts and isinstance(outcome, GuardFailed)):
-                    raise JournalError(f"the report was not recorded: {outcome}")
+                    start = implicit_start(self._deps, run_id, tenant_id, None, state, record.at, accepted=True)
+                    rows, epoch = [*start, record], state.epoch
+                outcome = await self._recorder.commit(rows, epoch=epoch, run_id=run_id, parent=envelope)
+                match outcome:
+                    case Committed():
+                        if starts and run_id is not None:
+                            runs.started(run_id, tenant_id)
+                        return True
+                    case StaleEpoch():
+                        await self._deps.switch.follow(outcome)
+                    case GuardFailed() if starts:
+                        continue
+                    case _:
+                        raise JournalError(f"the report was not recorded: {outcome}")
             finally:
                 if starts and run_id is not None:
                     runs.abandoned(run_id)

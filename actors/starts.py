@@ -58,7 +58,6 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
                     denied = await _deny(dependencies, envelope, request, decision, state)
                     if denied is not None:
                         return denied
-                    await dependencies.switch.refresh()
                     continue
                 rows = records.run_started(
                     run_id,
@@ -78,7 +77,7 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
                         runs.started(run_id, request.tenant_id)
                         return decision
                     case StaleEpoch():
-                        await dependencies.switch.refresh()
+                        await dependencies.switch.follow(outcome)
                     case GuardFailed():
                         continue
                     case _:
@@ -141,6 +140,7 @@ async def _deny(
         [record], epoch=None if state is None else state.epoch, run_id=stored["run_id"], parent=envelope
     )
     if isinstance(outcome, StaleEpoch):
+        await dependencies.switch.follow(outcome)
         return None
     dependencies.counts.denied += 1
     return decision if isinstance(outcome, Committed) else _unrecorded(str(stored["run_id"]), repr(outcome))

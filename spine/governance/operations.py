@@ -101,7 +101,8 @@ class OperationContext:
     def execute(self, operation: str, params: Mapping[str, Any] | None = None) -> Awaitable[OperationResult]:
         """Run another operation in the same run, decided and recorded like any other, in the time that is left.
 
-        Raises ``ConfigurationError`` when called by a rule: rules only decide.
+        Raises ``ConfigurationError`` when called by a rule (rules only decide), by a synchronous handler in its own
+        thread (``anyio.from_thread.run`` leads out of it), or, when awaited, after the handler's end.
         """
         if self._nested is None:
             raise ConfigurationError(f"a rule asked about {self.operation!r} called execute: only handlers can")
