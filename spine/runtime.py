@@ -421,7 +421,7 @@ class _System:
             writer,
             reader,
             Gauges(
-                governance=lambda: deps.switch.state.to_dict(),  # noqa: PLW0108  the state of then, not of now
+                governance=lambda: deps.switch.state.effective(settings.clock.time_us()).to_dict(),
                 decisions=lambda: asdict(deps.counts) | {"interrupted": deps.recovery.interrupted},
                 transactions=completions.to_dict,
                 journal=lambda: progress.to_dict() | deps.to_dict(),
