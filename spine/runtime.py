@@ -136,8 +136,8 @@ class Spine(Declarations, Operating):
             raise NotRunning(f"this Spine is {self._phase} already: start it once, or make another one")
         self._phase, self._pid = "starting", os.getpid()
         self._freeze()
-        system = _System(self)
         try:
+            system = _System(self)
             await system.life.start()
         except BaseException:
             self._phase = "stopped"
