@@ -60,9 +60,15 @@ def parse_url(url: str) -> Target:
         raise ConfigurationError(
             f"{url!r} is not a database URL; write sqlite+aiosqlite:///spine.db or postgresql+psycopg://host/name"
         ) from error
-    if parsed.drivername in POSTGRESQL_DRIVERS:
-        return Target("postgresql", parsed.set(drivername="postgresql+psycopg"))
     shown = parsed.render_as_string(hide_password=True)
+    if parsed.drivername in POSTGRESQL_DRIVERS:
+        try:
+            import psycopg  # noqa: F401
+        except ImportError as error:
+            raise ConfigurationError(
+                f"{shown} needs the driver of PostgreSQL, which is not there ({error}): install hoc-spine[postgres]"
+            ) from error
+        return Target("postgresql", parsed.set(drivername="postgresql+psycopg"))
     if parsed.drivername not in SQLITE_DRIVERS:
         raise ConfigurationError(
             f"a journal cannot be kept in {shown}: use sqlite+aiosqlite:///FILE or postgresql+psycopg://HOST/NAME"
