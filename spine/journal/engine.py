@@ -144,6 +144,11 @@ def read_only_uri(target: Target) -> str:
     return uri
 
 
+def lenient(stored: bytes) -> str:
+    """Text as it is stored: damaged bytes must reach whoever checks the hash."""
+    return stored.decode("utf-8", "surrogateescape")
+
+
 def _use_wal(connection: sqlite3.Connection, busy_timeout_ms: int) -> None:
     """Switch to WAL; the first switch ignores SQLite's own busy timeout, so it is tried again until then."""
     give_up = time.monotonic() + busy_timeout_ms / 1000

@@ -17,6 +17,7 @@ from spine.journal.engine import (
     READ_VERSION,
     Target,
     check_version,
+    lenient,
     parse_url,
     postgresql_settings,
     read_only_uri,
@@ -146,8 +147,3 @@ def _engine(target: Target) -> AsyncEngine:
         cursor.close()
 
     return engine
-
-
-def lenient(stored: bytes) -> str:
-    """Text as it is stored: damaged bytes must reach whoever checks the hash."""
-    return stored.decode("utf-8", "surrogateescape")
