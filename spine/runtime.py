@@ -139,8 +139,8 @@ class Spine(Declarations, Operating, Reporting):
             raise NotRunning(f"this Spine is {self._phase} already: start it once, or make another one")
         self._phase, self._pid = "starting", os.getpid()
         self._freeze()
-        system = _System(self)
         try:
+            system = _System(self)
             await system.life.start()
         except BaseException:
             self._phase = "stopped"
@@ -429,7 +429,7 @@ class _System:
             writer,
             reader,
             Gauges(
-                governance=lambda: deps.switch.state.to_dict(),  # noqa: PLW0108  the state of then, not of now
+                governance=lambda: deps.switch.state.effective(settings.clock.time_us()).to_dict(),
                 decisions=lambda: asdict(deps.counts) | {"interrupted": deps.recovery.interrupted},
                 transactions=completions.to_dict,
                 contracts=lambda: dict(progress.verdicts),

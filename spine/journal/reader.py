@@ -11,8 +11,9 @@ import orjson
 
 from spine.governance.contract import CONTRACT_KINDS
 from spine.journal.chain import GENESIS, MAIN_PREFIX, STREAM, row_hash
+from spine.journal.engine import lenient
 from spine.journal.processes import surely_dead
-from spine.journal.reading import Reading, lenient
+from spine.journal.reading import Reading
 from spine.journal.rows import (
     Counts,
     DueContract,

@@ -11,11 +11,13 @@ from sqlalchemy import URL, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from spine.governance.params import text_problem
 from spine.journal.engine import (
     FIND_META,
     READ_VERSION,
     Target,
     check_version,
+    lenient,
     parse_url,
     postgresql_settings,
     read_only_uri,
@@ -86,6 +88,9 @@ class Reading:
             self._closed()
 
     async def _all(self, sql: str, *params: Any) -> list[Any]:
+        if any(isinstance(value, str) and text_problem(value) for value in params):
+            # No row holds it, and the drivers raise.
+            return []
         # In a task of its own: a caller that is cancelled in the middle of a query must leave no connection behind,
         # whose thread would answer a loop that may be closed by then.
         reading = asyncio.create_task(self._twice(sql, params), name="spine.journal.read")
@@ -142,8 +147,3 @@ def _engine(target: Target) -> AsyncEngine:
         cursor.close()
 
     return engine
-
-
-def lenient(stored: bytes) -> str:
-    """Text as it is stored: damaged bytes must reach whoever checks the hash."""
-    return stored.decode("utf-8", "surrogateescape")

@@ -79,6 +79,7 @@ def test_a_beginning_of_an_id_is_enough_when_it_is_unique(day: Path) -> None:
     assert all(run_id in line for run_id in ENDINGS)
     assert "no run 'nope'" in refused("why", "nope", "--db", day, code=6)
     assert "no run '%'" in refused("why", "%", "--db", day, code=6)
+    assert "no run 'run-\\udcff'" in refused("why", "run-\udcff", "--db", day, code=6)
 
 
 def test_runs_lists_every_run_with_its_verdict(day: Path) -> None:

@@ -69,6 +69,13 @@ async def test_run_ids_are_completed_from_a_prefix(reader: JournalReader, journa
     assert await reader.run_ids_like("") == ["Run-9", "run%_x", "run-0", "run-1", "run-2", "run-\u00fc"]
 
 
+@pytest.mark.parametrize("run_id", ["\ud800", "run-\udcff", "run-1\x00"])
+async def test_an_id_that_no_database_can_hold_is_that_of_no_run(reader: JournalReader, run_id: str) -> None:
+    assert await reader.run(run_id) is None
+    assert await reader.run_rows(run_id) == []
+    assert await reader.run_ids_like(run_id) == []
+
+
 async def test_runs_are_listed_newest_first_and_page_by_page(reader: JournalReader, journal_url: str) -> None:
     await write(journal_url, [Unit("more", [started("open-1")])])
     assert [run.run_id for run in await reader.runs(2)] == ["open-1", "run-2"]
