@@ -22,6 +22,7 @@ from spine.journal.engine import (
     stored_version,
     unavailable,
 )
+from spine.journal.readonly import lenient
 from spine.journal.rebuild import Rebuild, ordered
 from spine.journal.scan import ROW_COLUMNS, Break, ChainCheck
 from spine.kernel.errors import JournalError
@@ -110,7 +111,7 @@ class _Source:
         else:
             return
         # Some text is no longer UTF-8: from here on, undecodable bytes are kept as they are, for the hash to tell.
-        self.connection.text_factory = _lenient
+        self.connection.text_factory = lenient
         rest = _JOURNAL if last is None else f"{_JOURNAL} AND seq > ?"
         yield from self.read(f"{rest} ORDER BY seq", () if last is None else (last,))
 
@@ -125,10 +126,6 @@ class _Source:
                 yield page
         finally:
             cursor.close()
-
-
-def _lenient(stored: bytes) -> str:
-    return stored.decode("utf-8", "surrogateescape")
 
 
 @contextmanager
