@@ -119,7 +119,7 @@ def writing_engine(target: Target, *, busy_timeout_ms: int, create: bool) -> Eng
 
 
 def reading_engine(target: Target) -> Engine:
-    """A synchronous engine that cannot write, with a snapshot for each transaction and text as ``bytearray``."""
+    """An engine that cannot write."""
     if target.dialect == "postgresql":
         return _postgresql_engine(target, lock_timeout_ms=5_000, read_only=True)
     uri = read_only_uri(target)
@@ -130,6 +130,16 @@ def reading_engine(target: Target) -> Engine:
         return connection
 
     return create_engine("sqlite+pysqlite://", creator=connect, poolclass=NullPool)
+
+
+def raw_connection(engine: Engine, target: Target) -> Any:
+    """The driver's own connection, without transactions but those that are begun; who takes it closes it."""
+    proxy = engine.raw_connection()
+    connection: Any = proxy.driver_connection
+    proxy.detach()
+    if target.dialect == "postgresql":
+        connection.autocommit = True
+    return connection
 
 
 def read_only_uri(target: Target) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from spine.kernel.errors import JournalUnavailable
 
 # SQLite keeps its locks in one table a process; these two mirror what a fork does to that table.
-_OPEN: dict[str, int] = {}
+_OPEN: dict[str, list[None]] = {}
 _INHERITED: dict[str, int] = {}
 
 
@@ -50,21 +50,19 @@ def opened(path: Path) -> None:
             "commits made beside inherited connections; fork before the Spine starts, start a new process, or use "
             "PostgreSQL"
         )
-    _OPEN[name] = _OPEN.get(name, 0) + 1
+    # Each step is atomic: several threads open and close.
+    _OPEN.setdefault(name, []).append(None)
 
 
 def closed(path: Path) -> None:
     """Note that one opening of ``path`` is over."""
-    name = os.path.realpath(path)
-    left = _OPEN.get(name, 0) - 1
-    if left > 0:
-        _OPEN[name] = left
-    else:
-        _OPEN.pop(name, None)
+    openings = _OPEN.get(os.path.realpath(path))
+    if openings:
+        openings.pop()
 
 
 def _forked() -> None:
-    _INHERITED.update(dict.fromkeys(_OPEN, os.getppid()))
+    _INHERITED.update((name, os.getppid()) for name, openings in _OPEN.items() if openings)
     _OPEN.clear()
 
 

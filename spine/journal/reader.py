@@ -67,7 +67,7 @@ class JournalReader(Reading):
         """Every journal row of the run, in order; of these ``kinds`` if some are named."""
         of_kind = f" AND kind IN ({','.join('?' * len(kinds))})" if kinds else ""
         sql = f"SELECT {_ROW} FROM journal WHERE run_id = ? AND {_MAIN}{of_kind} ORDER BY seq"
-        return [_row(values) for values in await self._all(sql, run_id, *kinds)]
+        return [_row(values) for values in await self._scan(sql, run_id, *kinds)]
 
     async def operation_counts(self, run_id: str, tenant_id: str) -> tuple[int, int, int]:
         """How many operations of the tenant's run were decided on, denied, and ended without success."""
@@ -114,7 +114,7 @@ class JournalReader(Reading):
 
     async def run_ids_like(self, prefix: str, limit: int = 10) -> list[str]:
         """Up to ``limit`` ids, sorted, of runs with journal rows that begin with ``prefix``."""
-        found = await self._all(
+        found = await self._scan(
             "SELECT DISTINCT run_id FROM journal WHERE run_id >= ? AND run_id < ? ORDER BY run_id LIMIT ?",
             prefix,
             prefix + _LAST_CHARACTER,
@@ -132,7 +132,7 @@ class JournalReader(Reading):
         if state is not None:
             where.append("state = ?")
             values.append(state)
-        found = await self._all(
+        found = await self._scan(
             f"SELECT {_columns(RunRow)} FROM runs WHERE {' AND '.join(where)} ORDER BY started_seq DESC LIMIT ?",
             *values,
             limit,
@@ -166,13 +166,13 @@ class JournalReader(Reading):
         columns = ", ".join(field.name for field in fields(OpenDecision))
         found: list[OpenDecision] = []
         for instance in dead:
-            rows = await self._all(f"SELECT {columns} FROM open_decisions WHERE instance = ?", instance)
+            rows = await self._scan(f"SELECT {columns} FROM open_decisions WHERE instance = ?", instance)
             found += [OpenDecision(*values) for values in rows]
         return sorted(found, key=lambda decision: decision.seq)
 
     async def _dead(self, table: str, where: str, before_us: int) -> list[str]:
         """The owners of rows of ``table`` that live no more."""
-        owners = await self._all(
+        owners = await self._scan(
             f"SELECT d.instance, i.lease_until_at, i.process FROM (SELECT DISTINCT instance FROM {table} "
             f"WHERE {where}) d LEFT JOIN instances i ON i.instance = d.instance"
         )
@@ -189,7 +189,7 @@ class JournalReader(Reading):
 
     async def pending_events(self, limit: int = 100) -> list[dict[str, Any]]:
         """The bodies of up to ``limit`` events that wait to be published, in journal order."""
-        found = await self._all(
+        found = await self._scan(
             f"SELECT {', '.join('j.' + name for name in _ROW.split(', '))} FROM outbox o "
             f"JOIN journal j ON j.{_MAIN} AND j.seq = o.seq WHERE o.state = 'pending' ORDER BY o.seq LIMIT ?",
             limit,
@@ -211,7 +211,7 @@ class JournalReader(Reading):
         dead = await self._dead("transactions", _IN_FLIGHT, instances_dead_before_us)
         found: list[TransactionRow] = []
         for instance in {*dead, own}:
-            rows = await self._all(
+            rows = await self._scan(
                 f"SELECT {_columns(TransactionRow)} FROM transactions WHERE {_IN_FLIGHT} AND instance = ?", instance
             )
             found += [TransactionRow(*values) for values in rows]
@@ -224,7 +224,7 @@ class JournalReader(Reading):
 
     async def transaction_ids_like(self, prefix: str, limit: int = 10) -> list[str]:
         """Up to ``limit`` ids, sorted, of transactions that begin with ``prefix``."""
-        found = await self._all(
+        found = await self._scan(
             "SELECT tx_id FROM transactions WHERE tx_id >= ? AND tx_id < ? ORDER BY tx_id LIMIT ?",
             prefix,
             prefix + _LAST_CHARACTER,
@@ -234,7 +234,7 @@ class JournalReader(Reading):
 
     async def parked(self, domain: str | None = None, limit: int = 1_000) -> list[ParkedRow]:
         """Up to ``limit`` steps whose rollback waits for an operator, oldest first; of one ``domain`` or of all."""
-        found = await self._all(
+        found = await self._scan(
             "SELECT s.tx_id, t.run_id, t.tenant_id, s.domain, s.effect_id, s.error, t.epoch, s.seq FROM steps s "
             "JOIN transactions t ON t.tx_id = s.tx_id WHERE s.state = 'PARKED' AND t.state = 'PARKED' "
             f"AND ({'1 = 1' if domain is None else 's.domain = ?'}) ORDER BY s.seq LIMIT ?",
@@ -257,7 +257,7 @@ class JournalReader(Reading):
         count, after = 0, await self._epoch_began(epoch)
         bodies: list[dict[str, Any]] = []
         while True:
-            page = await self._all(
+            page = await self._scan(
                 f"SELECT {_ROW} FROM journal WHERE {_MAIN} AND seq > ? AND kind IN ('decision', 'governance.changed') "
                 "AND (kind <> 'decision' OR body LIKE ?) ORDER BY seq LIMIT ?",
                 after,
@@ -277,7 +277,7 @@ class JournalReader(Reading):
 
     async def _epoch_began(self, epoch: int) -> int:
         """The row that began the epoch; 0 for the first."""
-        found = await self._all(
+        found = await self._scan(
             f"SELECT {_ROW} FROM journal WHERE {_MAIN} AND kind = 'governance.changed' ORDER BY seq DESC"
         )
         return next((row.seq for row in map(_row, found) if row.body.get("epoch") == epoch), 0)
@@ -309,7 +309,7 @@ class JournalReader(Reading):
 
     async def tail(self, after_seq: int, limit: int = 100) -> list[Row]:
         """Up to ``limit`` rows behind ``after_seq``, in order."""
-        found = await self._all(
+        found = await self._scan(
             f"SELECT {_ROW} FROM journal WHERE {_MAIN} AND seq > ? ORDER BY seq LIMIT ?", after_seq, limit
         )
         return [_row(values) for values in found]
@@ -320,7 +320,7 @@ class JournalReader(Reading):
         contracts = dict(await self._pairs("SELECT overall, count(*) FROM contracts GROUP BY overall"))
         events = dict(await self._pairs("SELECT state, count(*) FROM outbox GROUP BY state"))
         unended = await self.unended()
-        ((decisions, transactions),) = await self._all(
+        ((decisions, transactions),) = await self._scan(
             "SELECT (SELECT count(*) FROM open_decisions), (SELECT count(*) FROM transactions)"
         )
         return Counts(
@@ -343,7 +343,7 @@ class JournalReader(Reading):
         )
 
     async def _pairs(self, sql: str) -> list[tuple[str, int]]:
-        return [(values[0], values[1]) for values in await self._all(sql)]
+        return [(values[0], values[1]) for values in await self._scan(sql)]
 
 
 def _stored(raw: str) -> bytes:

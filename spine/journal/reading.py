@@ -1,32 +1,67 @@
-"""The connections that read the journal beside its writer: opened when first used, bounded, never left behind."""
+"""Reading the journal beside its writer: lookups in a thread of their own, and long scans that hold up none of them."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from functools import partial
 from typing import Any, Final
-from urllib.parse import parse_qsl
-
-import anyio
-from sqlalchemy import URL, event
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from spine.governance.params import text_problem
-from spine.journal.engine import (
-    FIND_META,
-    READ_VERSION,
-    Target,
-    check_version,
-    lenient,
-    parse_url,
-    postgresql_settings,
-    read_only_uri,
-    unavailable,
-)
-from spine.journal.processes import closed, opened
+from spine.journal.engine import Target, parse_url, unavailable
+from spine.journal.readonly import ReadOnly
+from spine.journal.scanning import Scans
+from spine.journal.thread import Worker
 
-_CLOSE_S: Final = 2.0
+_CLOSE_S: Final = 1.0
 _READ_S: Final = 10.0
+# So many lookups that wait at the same time are answered at the same time.
+_TOGETHER: Final = 32
+
+
+class _Lookups:
+    """A thread that answers queries one after the other; it is started when it is first asked."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._opened: tuple[Worker, ReadOnly] | None = None
+
+    def _open(self) -> tuple[Worker, ReadOnly]:
+        worker = Worker("journal reader", together=_TOGETHER)
+        worker.start()
+        self._opened = worker, ReadOnly(self._target, _READ_S)
+        return self._opened
+
+    async def open(self) -> None:
+        worker, connection = self._opened or self._open()
+        try:
+            await worker.call(connection.connect, within_s=_READ_S)
+        except TimeoutError as error:
+            raise unavailable(self._target, error) from error
+
+    async def rows(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
+        """The rows, or JournalError; a caller that is cancelled leaves the query to the thread."""
+        worker, connection = self._opened or self._open()
+        until = time.monotonic() + _READ_S
+        try:
+            return await worker.call(partial(connection.rows, sql, params, until), within_s=_READ_S)
+        except TimeoutError as error:
+            raise unavailable(self._target, error) from error
+
+    async def close(self) -> None:
+        """Answer what waits, then disconnect and end the thread; what takes too long is given up."""
+        opened, self._opened = self._opened, None
+        if opened is None:
+            return
+        worker, connection = opened
+        stopping = asyncio.ensure_future(worker.stop(connection.close))
+        ended, _ = await asyncio.wait([stopping], timeout=_CLOSE_S)
+        if not ended:
+            connection.interrupt()
+            ended, _ = await asyncio.wait([stopping], timeout=_CLOSE_S)
+        if not ended:
+            # The database does not even let go: its thread is a daemon, and disconnects when it comes back.
+            stopping.cancel()
 
 
 class Reading:
@@ -34,116 +69,33 @@ class Reading:
 
     def __init__(self, url: str) -> None:
         self._target = parse_url(url)
-        self._engine: AsyncEngine | None = None
-        self._opening = asyncio.Lock()
-        self._reading: set[asyncio.Task[list[Any]]] = set()
-        self._placeholder = "?" if self._target.dialect == "sqlite" else "%s"
+        self._lookups = _Lookups(self._target)
+        self._scans = Scans(self._target)
 
     async def open(self) -> None:
         """Connect and check the schema's version; reading does it when it was not done before.
 
         Raises JournalUnavailable, and SchemaMismatch when the database holds no journal or another version of it.
         """
-        await self._open()
-
-    async def _open(self) -> AsyncEngine:
-        async with self._opening:
-            if self._engine is None:
-                if self._target.path is not None:
-                    opened(self._target.path)
-                try:
-                    self._engine = await self._connect()
-                except BaseException:
-                    self._closed()
-                    raise
-            return self._engine
-
-    def _closed(self) -> None:
-        if self._target.path is not None:
-            closed(self._target.path)
-
-    async def _connect(self) -> AsyncEngine:
-        engine = _engine(self._target)
-        try:
-            async with engine.connect() as connection:
-                found = (await connection.exec_driver_sql(FIND_META[self._target.dialect])).scalar()
-                stored = (await connection.exec_driver_sql(READ_VERSION)).scalar() if found is not None else None
-            check_version(None if stored is None else int(stored), self._target)
-        except SQLAlchemyError as error:
-            await engine.dispose()
-            raise unavailable(self._target, error) from error
-        except BaseException:
-            await engine.dispose()
-            raise
-        return engine
+        await self._lookups.open()
 
     async def close(self) -> None:
         """Close its connections; reading again opens new ones."""
-        if self._reading:
-            # What is still being opened has no engine to dispose of yet, and a pool forgets what is out when it goes.
-            await asyncio.wait(list(self._reading), timeout=_CLOSE_S)
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await engine.dispose()
-            self._closed()
+        closing = [asyncio.create_task(part.close()) for part in (self._lookups, self._scans)]
+        # They go on even when nobody waits for it any more.
+        await asyncio.wait(closing)
+        for ended in closing:
+            ended.result()
 
     async def _all(self, sql: str, *params: Any) -> list[Any]:
-        if any(isinstance(value, str) and text_problem(value) for value in params):
-            # No row holds it, and the drivers raise.
-            return []
-        # In a task of its own: a caller that is cancelled in the middle of a query must leave no connection behind,
-        # whose thread would answer a loop that may be closed by then.
-        reading = asyncio.create_task(self._twice(sql, params), name="spine.journal.read")
-        self._reading.add(reading)
-        reading.add_done_callback(self._read_ended)
-        return await asyncio.shield(reading)
+        """The rows of a lookup: a query that is short however long the journal is."""
+        return [] if _held_by_none(params) else await self._lookups.rows(sql, params)
 
-    def _read_ended(self, reading: asyncio.Task[list[Any]]) -> None:
-        self._reading.discard(reading)
-        if not reading.cancelled():
-            # Seen, even when its caller is gone.
-            reading.exception()
-
-    async def _twice(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
-        try:
-            return await self._read(sql, params)
-        except SQLAlchemyError as error:
-            if not (isinstance(error, DBAPIError) and error.connection_invalidated):
-                raise unavailable(self._target, error) from error
-        # The server dropped a connection that lay in the pool: reading again does no harm.
-        try:
-            return await self._read(sql, params)
-        except SQLAlchemyError as error:
-            raise unavailable(self._target, error) from error
-
-    async def _read(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
-        engine = self._engine or await self._open()
-        try:
-            with anyio.fail_after(_READ_S):
-                async with engine.connect() as connection:
-                    result = await connection.exec_driver_sql(sql.replace("?", self._placeholder), params or None)
-                    return list(result.all())
-        except TimeoutError as error:
-            raise unavailable(self._target, error) from error
+    async def _scan(self, sql: str, *params: Any) -> list[Any]:
+        """The rows of a query that may be long, and holds up no lookup."""
+        return [] if _held_by_none(params) else await self._scans.rows(sql, params)
 
 
-def _engine(target: Target) -> AsyncEngine:
-    if target.dialect == "postgresql":
-        engine = create_async_engine(target.url, isolation_level="AUTOCOMMIT", pool_size=4, max_overflow=0)
-        settings = postgresql_settings(lock_timeout_ms=5_000, read_only=True)
-    else:
-        uri, _, query = read_only_uri(target).partition("?")
-        url = URL.create("sqlite+aiosqlite", database=uri, query={**dict(parse_qsl(query)), "uri": "true"})
-        engine = create_async_engine(url, pool_size=4, max_overflow=0)
-        settings = ["PRAGMA query_only=ON"]
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def _settings(connection: Any, _record: object) -> None:
-        if target.dialect == "sqlite":
-            connection.driver_connection.text_factory = lenient
-        cursor = connection.cursor()
-        for setting in settings:
-            cursor.execute(setting)
-        cursor.close()
-
-    return engine
+def _held_by_none(params: tuple[Any, ...]) -> bool:
+    """Whether no row can hold one of these values: the drivers raise on text that is not Unicode."""
+    return any(isinstance(value, str) and text_problem(value) for value in params)

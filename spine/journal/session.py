@@ -6,7 +6,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
-from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Engine, text
@@ -14,8 +13,16 @@ from sqlalchemy import Engine, text
 from spine.governance.units import Write
 from spine.journal.batch import Head
 from spine.journal.chain import STREAM
-from spine.journal.engine import Target, check_version, prepare_schema, stored_version, writing_engine
+from spine.journal.engine import (
+    Target,
+    check_version,
+    prepare_schema,
+    raw_connection,
+    stored_version,
+    writing_engine,
+)
 from spine.journal.faults import CommitUnknown, StorageError, UnitFault, is_unit
+from spine.journal.files import NamedFile
 from spine.journal.oslock import FileLock
 from spine.journal.processes import closed, opened
 from spine.journal.statements import Params, Placeholder, Statement, insert
@@ -42,7 +49,7 @@ class Session:
         self._engine: Engine | None = None
         self._connection: Any = None
         self._lock: FileLock | None = None
-        self._identity: tuple[int, int] | None = None
+        self._file: NamedFile | None = None
         self._texts: dict[tuple[Statement, int, bool], str] = {}
         self._compiled: dict[str, tuple[str, Sequence[str] | None]] = {}
         p = self._placeholder
@@ -62,30 +69,22 @@ class Session:
         if self.target.path is not None and not self._opened:
             opened(self.target.path)
             self._opened = True
-        if self.target.path is not None and not create:
-            self._check_file(self.target.path)
+        if self._file is not None:
+            self._file.check()
         self._engine = writing_engine(self.target, busy_timeout_ms=self._busy_timeout_ms, create=create)
         if create:
             prepare_schema(self._engine, self.target)
-        proxy = self._engine.raw_connection()
+        connection = raw_connection(self._engine, self.target)
         try:
-            connection: Any = proxy.driver_connection
-            proxy.detach()
-            if self.target.dialect == "postgresql":
-                connection.autocommit = True
             if not create:
                 check_version(stored_version(connection, self.target), self.target)
         except BaseException:
-            proxy.close()
+            connection.close()
             raise
         self._connection = connection
         if self.target.path is not None and create:
-            self._use_file(self.target.path)
-
-    def _use_file(self, path: Path) -> None:
-        status = path.stat()
-        self._identity = (status.st_dev, status.st_ino)
-        self._lock = FileLock(path.with_name(path.name + "-spine.lock"))
+            self._file = NamedFile(self.target.path)
+            self._lock = FileLock(self.target.path.with_name(self.target.path.name + "-spine.lock"))
 
     def discard(self) -> None:
         """Drop the connection, whatever state it is in."""
@@ -110,20 +109,11 @@ class Session:
 
     def begin(self) -> None:
         """Begin a transaction that others cannot write beside (SQLite) or that will lock the head (PostgreSQL)."""
-        if self.target.path is not None:
-            self._check_file(self.target.path)
+        if self._file is not None:
+            self._file.check()
             if self._lock is not None and not self._lock.share(self._busy_timeout_ms / 1000):
                 raise StorageError("another process has been copying the log back for too long")
         self._connection.execute(self._begin)
-
-    def _check_file(self, path: Path) -> None:
-        """An acknowledgement must not go into a file that has lost its name."""
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise StorageError(f"the database file is gone: {error}") from error
-        if (status.st_dev, status.st_ino) != self._identity:
-            raise StorageError("the database file was replaced by another one while it was in use")
 
     def commit(self) -> None:
         """Make the transaction durable; raise CommitUnknown when the database does not say whether it is."""

@@ -263,7 +263,7 @@ class JournalWriter:
         self, url: str, *, busy_timeout_ms: int = 5_000, checkpoint_pages: int = 2_000, idle_s: float = 1.0
     ) -> None:
         self._core = GroupCommit(parse_url(url), busy_timeout_ms=busy_timeout_ms, checkpoint_pages=checkpoint_pages)
-        self._worker = Worker("spine-journal-writer", self._core.idle, idle_s)
+        self._worker = Worker("journal writer", self._core.idle, idle_s)
 
     async def open(self) -> None:
         """Open the database. Raises JournalUnavailable, SchemaMismatch or ConfigurationError; then it is closed."""
