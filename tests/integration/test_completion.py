@@ -133,6 +133,7 @@ async def test_a_completion_writes_every_domain_in_one_commit(database_url: str)
         "event",
         "tx.committed",
         "ack",
+        "contract.reconciled",
     ]
     assert [(body["domain"], body["action"], body["status"]) for body in unit if body["kind"] == "ack"] == [
         ("incidents", "create_incident", "SUCCESS"),
