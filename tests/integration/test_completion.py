@@ -265,10 +265,11 @@ FAULTS: dict[str, tuple[Callable[[RunFacts], Any], str, str]] = {
     "ends the transaction": (writes(Write("COMMIT")), "WRITE_GUARD", "COMMIT"),
     "only reads": (writes(Write("SELECT * FROM bills")), "WRITE_GUARD", "SELECT"),
     "two statements": (
-        writes(Write("INSERT INTO bills VALUES ('a', 'x', 1); DELETE FROM journal", rows=None)),
+        writes(Write("INSERT INTO bills VALUES ('a', 'x', 1); DELETE FROM bills", rows=None)),
         "WRITE_GUARD",
         "statement",
     ),
+    "touches the record": (writes(Write("DELETE FROM journal", rows=None)), "WRITE_GUARD", "table journal is Spine's"),
 }
 
 
