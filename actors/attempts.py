@@ -316,7 +316,7 @@ class Attempts:
                 self._driving.counts["committed"] += 1
                 self._started(plan)
                 self._log(envelope, plan, result)
-                return await self._publish(envelope, result, events)
+                return await self._publish(envelope, result, events, first=bool(plan.start))
         rows = records.aborting(plan, plan.at)
         ended, result = records.aborted(plan, plan.at)
         if not await self._settled(
@@ -371,12 +371,12 @@ class Attempts:
     # -- what is told
 
     async def _publish(
-        self, cause: Envelope | None, result: TransactionResult, events: Sequence[Event]
+        self, cause: Envelope | None, result: TransactionResult, events: Sequence[Event], *, first: bool = False
     ) -> TransactionResult:
         told = [event for event in events if not event.type.startswith(POST)]
-        first_try = self._outbox.deliver(told, cause) if told else None
+        first_try = self._outbox.deliver(told, cause, first=first) if told else None
         for event in events[len(told) :]:
-            self._outbox.deliver([event], cause)
+            self._outbox.deliver([event], cause, first=first)
         if first_try is None:
             return result
         await asyncio.wait([first_try], timeout=FIRST_DELIVERY_S)
