@@ -239,7 +239,7 @@ class Attempts:
         self._driving.log.ended(saga.cause, plan, result)
         if plan.state is not TxState.COMMITTED:
             raise endings.failure(plan, result)
-        return await self._publish(saga.cause, result, saga.events)
+        return await self._publish(saga.cause, plan, result, saga.events)
 
     async def _at_once(self, envelope: Envelope, plan: Plan, began: float) -> TransactionResult | None:
         """Complete with LOCAL domains alone: one unit of work; ``None`` when the ground moved."""
@@ -259,7 +259,7 @@ class Attempts:
                 self._driving.counts["committed"] += 1
                 self._started(plan)
                 self._driving.log.ended(envelope, plan, result)
-                return await self._publish(envelope, result, events)
+                return await self._publish(envelope, plan, result, events)
         rows = records.aborting(plan, plan.at)
         ended, result = records.aborted(plan, plan.at)
         if not await self._settled(
@@ -314,12 +314,13 @@ class Attempts:
     # -- what is told
 
     async def _publish(
-        self, cause: Envelope | None, result: TransactionResult, events: Sequence[Event]
+        self, cause: Envelope | None, plan: Plan, result: TransactionResult, events: Sequence[Event]
     ) -> TransactionResult:
+        first = not completion.finalised(plan.rows)
         told = [event for event in events if not event.type.startswith(POST)]
-        first_try = self._outbox.deliver(told, cause) if told else None
+        first_try = self._outbox.deliver(told, cause, first=first) if told else None
         for event in events[len(told) :]:
-            self._outbox.deliver([event], cause)
+            self._outbox.deliver([event], cause, first=first)
         if first_try is None:
             return result
         await asyncio.wait([first_try], timeout=FIRST_DELIVERY_S)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -14,6 +14,7 @@ from actors.records import recordable, text
 from actors.verdicts import lacking
 from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, effect_id
 from spine.explain.story import JournalRow
+from spine.governance.contract import FINALIZE, AckStatus
 from spine.governance.params import detached, id_problem
 from spine.governance.transactions import (
     CompleteRun,
@@ -148,6 +149,14 @@ def steps_of(parts: Sequence[Part], tx_id: str) -> list[Step]:
         Step(n, part.name, part.cls, part.action, part.after, effect_id(tx_id, part.name), part.domain)
         for n, part in enumerate(parts)
     ]
+
+
+def finalised(rows: Iterable[JournalRow]) -> bool:
+    """Whether a completion of the run was committed before, under whatever key."""
+    return any(
+        (body.get("domain"), body.get("action")) == FINALIZE and body.get("status") == AckStatus.SUCCESS
+        for body in (row.body for row in rows)
+    )
 
 
 def contract_step(plan: Plan) -> Step:

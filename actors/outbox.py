@@ -16,6 +16,7 @@ from actors.effect_calls import Answered, EffectCalls, Unanswered
 from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.records import ack
+from actors.reload import Row
 from actors.verdicts import VERDICT, with_verdict
 from spine.domains import Refused
 from spine.effects import Effect, Post, timeout_of
@@ -49,6 +50,10 @@ class PendingEvents(ContractRows, Protocol):
         """The bodies of the oldest undelivered events, in order."""
         ...
 
+    async def run_rows(self, run_id: str, *kinds: str) -> Sequence[Row]:
+        """The rows of the run in order; of these kinds if some are named."""
+        ...
+
 
 @dataclass(slots=True)
 class _Delivery:
@@ -60,9 +65,10 @@ class _Delivery:
 
 @dataclass(slots=True)
 class _Line:
-    """What one run has waiting."""
+    """What one run has waiting; once something of it found no room, nothing may follow."""
 
     waiting: deque[_Delivery] = field(default_factory=deque)
+    cut: bool = False
 
 
 class Outbox:
@@ -111,26 +117,31 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._queued)
 
-    def deliver(self, events: Sequence[Event], cause: Envelope | None = None) -> asyncio.Future[bool]:
+    def deliver(
+        self, events: Sequence[Event], cause: Envelope | None = None, *, first: bool = False
+    ) -> asyncio.Future[bool]:
         """Queue committed events of one run; the future tells whether the first try delivered them.
 
-        ``cause`` is the message whose commit they follow, if this process took it.
+        ``cause`` is the message whose commit they follow, if this process took it; ``first`` tells that no event of the
+        run waits before them: else that is looked up.
         """
         first_try: asyncio.Future[bool] = self._exchange.loop.create_future()
         new = [event for event in events if event.event_id not in self._queued]
-        if not new or len(self._queued) >= QUEUED_MOST:
+        line = self._lines.get(new[0].run_id) if new else None
+        if line is not None:
+            line.cut |= len(self._queued) >= QUEUED_MOST
+        if not new or len(self._queued) >= QUEUED_MOST or (line is not None and line.cut):
             # They are durable as pending: the next reload finds them.
             first_try.set_result(not events)
             return first_try
         self._queued.update(event.event_id for event in new)
         run_id = new[0].run_id
-        line = self._lines.get(run_id)
         if line is not None:
             line.waiting.append(_Delivery(new, first_try, cause))
             return first_try
         line = self._lines[run_id] = _Line(deque([_Delivery(new, first_try, cause)]))
         try:
-            self._tasks.spawn(self._serve(run_id, line), f"outbox {run_id}")
+            self._tasks.spawn(self._serve(run_id, line, first=first), f"outbox {run_id}")
         except Overloaded:
             del self._lines[run_id]
             self._queued.difference_update(event.event_id for event in new)
@@ -158,19 +169,42 @@ class Outbox:
                 ours = list(itertools.takewhile(partial(self._takes, others), events))
                 if ours and run_id not in self._lines:
                     for event in ours:
-                        self.deliver([event])
+                        self.deliver([event], first=True)
             await clock.sleep_until(clock.monotonic() + RELOAD_S)
 
     def _takes(self, others: Container[str], event: Event) -> bool:
         """Whether this Spine delivers it: no living one will, and it has the domain, or a publisher of its own."""
+        if event.instance == self._instance:
+            return True
         if event.instance in others:
             return False
         if event.type.startswith(POST):
             return event.type.removeprefix(POST) in self._posts
         return self._redeliver
 
-    async def _serve(self, run_id: str, line: _Line) -> None:
+    async def _makes_way(self, run_id: str, line: _Line) -> bool:
+        """Put before the line what of the run still waits in the journal; ``False`` when others must deliver that."""
         try:
+            bodies = [row.body for row in await self._source.run_rows(run_id, "event", "event.published")]
+            others = await self._source.living(self._exchange.clock.time_us()) - {self._instance}
+        except JournalError as error:
+            self._exchange.tracer.fault("spine.outbox.unreadable", exc=error)
+            return False
+        done = {event_id for body in bodies if body["kind"] == "event.published" for event_id in body["event_ids"]}
+        waiting = [event_of(body) for body in bodies if body["kind"] == "event" and body["event_id"] not in done]
+        own = line.waiting[0].events[0].event_id
+        ahead = list(itertools.takewhile(lambda event: event.event_id != own, waiting))
+        if not all(self._takes(others, event) for event in ahead):
+            return False
+        for event in reversed(ahead):
+            self._queued.add(event.event_id)
+            line.waiting.appendleft(_Delivery([event], self._exchange.loop.create_future(), None))
+        return True
+
+    async def _serve(self, run_id: str, line: _Line, *, first: bool) -> None:
+        try:
+            if not first and not await self._makes_way(run_id, line):
+                return
             while line.waiting:
                 delivery = line.waiting[0]
                 await self._deliver(delivery)
