@@ -169,6 +169,11 @@ def _undone(record: Record, tx: str, begun: Mapping[str, Any]) -> None:
     failed = {row["failed_domain"] for row in record.of(tx, "tx.aborting")}
     assert failed <= _acks(record, tx, "FAILED"), f"{tx}: {failed} failed without acknowledgement"
     assert "orchestrator" in _acks(record, tx, "FAILED"), f"{tx}: the end is not acknowledged"
+    states = dict(query(record.url, "SELECT domain, state FROM steps WHERE tx_id = ?", tx))
+    if record.states[tx] == "ABORTED":
+        assert set(states.values()) <= {"PLANNED", "ROLLED_BACK"}, f"{tx}: aborted, with steps {states}"
+        assert all(states[name] == "ROLLED_BACK" for name in failed & intended | failed & {"ledger"}), f"{tx}: {states}"
+        assert failed & {"ledger"} <= _acks(record, tx, "ROLLED_BACK"), f"{tx}: ledger without acknowledgement"
     _undone_in_reverse(record, tx)
 
 

@@ -25,14 +25,17 @@ RUNS = tuple(f"{kind}-1" for kind in MOODS)
 TENANT = "acme"
 QUIET_S = 15.0
 STORM_STRIKES = 10
+AT_FAILPOINTS = ("kill", "raise", "cancel")
+ON_CALLS = ("timeout", "lost", "duplicate")
+STORM = ("raise", "raise", "raise", "raise", "cancel", "cancel", "kill")
 
 
 @dataclass(frozen=True)
 class Blow:
     """What befalls a life, the ``n``-th time that it passes the failpoint or makes the call ``at``.
 
-    At a failpoint ``kill``, ``raise`` and ``cancel``; on a call ``timeout``, ``lost`` (its reply) and ``duplicate``. A
-    ``storm`` raises and cancels at any failpoint by chance, ``n`` its seed.
+    At a failpoint ``kill``, ``raise`` or ``cancel``; on a call ``timeout``, ``lost`` (its reply) or ``duplicate``. A
+    ``storm`` does any of the former at any failpoint by chance, ``n`` its seed.
     """
 
     kind: str
@@ -156,11 +159,12 @@ class Life:
         if blow.kind == "storm":
             if self._strikes < STORM_STRIKES and self._chance.random() < 0.04:
                 self._strikes += 1
-                await self._strike(self._chance.choice(("raise", "raise", "cancel")))
-        elif (name, self._passed[name]) == (blow.at, blow.n):
+                await self._strike(self._chance.choice(STORM))
+        elif blow.kind in AT_FAILPOINTS and (name, self._passed[name]) == (blow.at, blow.n):
             await self._strike(blow.kind)
 
     async def _strike(self, kind: str) -> None:
+        self.told.note("struck", kind=kind)
         match kind:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -175,8 +179,10 @@ class Life:
     def _befalls(self, method: str) -> str | None:
         call = f"call.{method}"
         self._passed[call] += 1
-        hit = (call, self._passed[call]) == (self._blow.at, self._blow.n)
-        return self._blow.kind if hit else None
+        if (call, self._passed[call]) != (self._blow.at, self._blow.n):
+            return None
+        self.told.note("struck", kind=self._blow.kind)
+        return self._blow.kind
 
 
 def _steps(result: dict[str, Any]) -> dict[str, str]:
