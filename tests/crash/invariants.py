@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from spine.journal.verify import verify
 from tests.crash.life import Told
 from tests.crash.outside import MOODS, Services, kind_of
-from tests.governed import journal, query
+from tests.governed import SQLITE, connect
 
 ENDS = {
     "tx.committed": "COMMITTED",
@@ -43,8 +44,10 @@ class Record:
     """What is left of some lives: the journal, the services, and what callers were told."""
 
     def __init__(self, url: str, place: Path) -> None:
-        self.url = url
-        self.journal = journal(url)
+        self._postgresql = not url.startswith(SQLITE)
+        self._database = connect(url)
+        self.journal = [json.loads(body) | {"seq": seq} for seq, body in self.query("SELECT seq, body FROM journal")]
+        self.journal.sort(key=lambda row: row["seq"])
         self.services = Services(place / "services")
         self.told = Told(place / "told")
         self.rows: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -52,9 +55,13 @@ class Record:
             if row.get("tx_id") is not None:
                 self.rows[row["tx_id"]].append(row)
         self.begun = {row["tx_id"]: row for row in self.journal if row["kind"] == "tx.begun"}
-        self.states = dict(query(url, "SELECT tx_id, state FROM transactions"))
+        self.states = dict(self.query("SELECT tx_id, state FROM transactions"))
+
+    def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        return self._database.execute(sql.replace("?", "%s") if self._postgresql else sql, values).fetchall()
 
     def close(self) -> None:
+        self._database.close()
         self.services.close()
         self.told.close()
 
@@ -136,9 +143,9 @@ def _acks(record: Record, tx: str, *statuses: str) -> set[str]:
 def _written(record: Record, begun: Mapping[str, Any]) -> set[str]:
     """The LOCAL domains whose rows are in the database."""
     effects = _effects(begun)
-    found = {"ledger": query(record.url, "SELECT 1 FROM ledger WHERE effect_id = ?", effects["ledger"])}
+    found = {"ledger": record.query("SELECT 1 FROM ledger WHERE effect_id = ?", effects["ledger"])}
     for name, table in zip(("incidents", "policies", "traces"), BUILT_IN, strict=True):
-        found[name] = query(record.url, f"SELECT 1 FROM {table} WHERE id = ?", effects[name])
+        found[name] = record.query(f"SELECT 1 FROM {table} WHERE id = ?", effects[name])
     return {name for name, rows in found.items() if rows}
 
 
@@ -169,7 +176,7 @@ def _undone(record: Record, tx: str, begun: Mapping[str, Any]) -> None:
     failed = {row["failed_domain"] for row in record.of(tx, "tx.aborting")}
     assert failed <= _acks(record, tx, "FAILED"), f"{tx}: {failed} failed without acknowledgement"
     assert "orchestrator" in _acks(record, tx, "FAILED"), f"{tx}: the end is not acknowledged"
-    states = dict(query(record.url, "SELECT domain, state FROM steps WHERE tx_id = ?", tx))
+    states = dict(record.query("SELECT domain, state FROM steps WHERE tx_id = ?", tx))
     if record.states[tx] == "ABORTED":
         assert set(states.values()) <= {"PLANNED", "ROLLED_BACK"}, f"{tx}: aborted, with steps {states}"
         assert all(states[name] == "ROLLED_BACK" for name in failed & intended | failed & {"ledger"}), f"{tx}: {states}"
@@ -187,9 +194,9 @@ def _undone_in_reverse(record: Record, tx: str) -> None:
 def _parked(record: Record, tx: str, begun: Mapping[str, Any]) -> None:
     run = begun["run_id"]
     assert kind_of(run) in PARKS, f"{tx}: {run} is parked"
-    waiting = query(record.url, "SELECT domain FROM steps WHERE tx_id = ? AND state = 'PARKED'", tx)
+    waiting = record.query("SELECT domain FROM steps WHERE tx_id = ? AND state = 'PARKED'", tx)
     assert waiting, f"{tx}: parked, and no domain says why"
-    (state,) = query(record.url, "SELECT state FROM runs WHERE run_id = ?", run)[0]
+    (state,) = record.query("SELECT state FROM runs WHERE run_id = ?", run)[0]
     assert state == "parked", f"{tx}: parked, and its run is {state}"
     assert not _written(record, begun), f"{tx}: parked, but rows are written"
     assert not record.of(tx, "event"), f"{tx}: parked, with events"
@@ -197,7 +204,7 @@ def _parked(record: Record, tx: str, begun: Mapping[str, Any]) -> None:
 
 def _events_only_of_committed_and_in_order(record: Record) -> None:
     events = {row["event_id"]: row for row in record.journal if row["kind"] == "event"}
-    pending = query(record.url, "SELECT event_id FROM outbox WHERE state = 'pending'")
+    pending = record.query("SELECT event_id FROM outbox WHERE state = 'pending'")
     assert not pending, f"events wait: {pending}"
     delivered = [line["event"] for line in record.services.of("delivered")]
     assert set(delivered) == set(events), "not every event was delivered, or others were"

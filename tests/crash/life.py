@@ -7,9 +7,12 @@ import json
 import os
 import random
 import signal
+import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import anyio
@@ -18,6 +21,7 @@ from actors import coordinator, outbox, takeover
 from spine import Spine
 from spine.governance.transactions import TransactionFailed, TransactionResult
 from spine.kernel.errors import SpineError
+from spine.kernel.supervisor import Policy
 from spine.settings import Retry, Settings
 from tests.crash.outside import MOODS, Broker, Services, World, domains
 
@@ -45,7 +49,7 @@ class Blow:
 
 @dataclass
 class Told:
-    """What the callers of all lives were told, written through before they go on."""
+    """What the callers of all lives were told, each line written before they go on."""
 
     path: Path
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -57,7 +61,6 @@ class Told:
     def note(self, what: str, **facts: Any) -> None:
         self.lines.append({"what": what, **facts})
         os.write(self._file, json.dumps(self.lines[-1]).encode() + b"\n")
-        os.fsync(self._file)
 
     def of(self, *what: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["what"] in what]
@@ -83,7 +86,11 @@ class Life:
             domains=domains(world),
             publisher=Broker(world),
             settings=Settings(
-                retry=Retry(attempts=2, first_s=0.001, most_s=0.01), drain_s=2, stop_s=5, failpoint=self._pass
+                retry=Retry(attempts=2, first_s=0.001, most_s=0.01),
+                supervision=Policy(intensity=100),
+                drain_s=2,
+                stop_s=5,
+                failpoint=self._pass,
             ),
         )
 
@@ -172,8 +179,9 @@ class Life:
                 raise RuntimeError("a failpoint raises")
             case "cancel":
                 # Its coordinator ends, and with it every task that it owns: this one stands here until then.
-                (incarnation,) = [t for t in asyncio.all_tasks() if t.get_name().startswith("spine.coordinator.")]
-                incarnation.cancel()
+                for task in asyncio.all_tasks():
+                    if task.get_name().startswith("spine.coordinator."):
+                        task.cancel()
                 await asyncio.get_running_loop().create_future()
 
     def _befalls(self, method: str) -> str | None:
@@ -190,14 +198,12 @@ def _steps(result: dict[str, Any]) -> dict[str, str]:
 
 
 def preload() -> None:
-    """Import what a Spine imports when it starts, and have SQLAlchemy look up its drivers."""
-    from sqlalchemy import make_url
-
-    from spine.journal import reader, writer  # noqa: F401
-
-    for driver in ("sqlite+pysqlite", "sqlite+aiosqlite", "postgresql+psycopg"):
-        dialect = make_url(f"{driver}://").get_dialect()
-        dialect.import_dbapi()
+    """Import and cache what a life needs by living once, beside everything; nothing stays open, no thread is left."""
+    with suppress(ImportError):
+        import psycopg  # noqa: F401
+    with TemporaryDirectory() as folder:
+        asyncio.run(Life(f"sqlite+aiosqlite:///{folder}/spine.db", Path(folder)).recover())
+    assert threading.active_count() == 1, threading.enumerate()
 
 
 def hurry() -> None:
@@ -210,7 +216,6 @@ def hurry() -> None:
 
 def live(spec: dict[str, Any]) -> None:
     """Live once, as ``spec`` says."""
-    hurry()
     blow = Blow(**spec["blow"]) if spec["blow"] is not None else None
     life = Life(spec["url"], Path(spec["place"]), blow)
     asyncio.run(life.work() if spec["works"] else life.recover())

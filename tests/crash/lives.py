@@ -56,8 +56,9 @@ class Lives:
 
 
 def serve() -> None:
-    from tests.crash.life import live, preload
+    from tests.crash.life import hurry, live, preload
 
+    hurry()
     preload()
     gc.freeze()
     for line in sys.stdin:
