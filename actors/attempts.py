@@ -13,17 +13,14 @@ from actors.conduct import UNWRITABLE
 from actors.dependencies import Dependencies
 from actors.endings import TransactionRow
 from actors.outbox import Outbox
-from actors.records import flat_text, text
+from actors.records import flat_text
+from actors.refusals import Refusals
 from actors.saga import Driving, Lost, Saga
 from actors.starts import implicit_start
-from spine.effects import reversible
 from spine.governance.authority import check_start
 from spine.governance.failpoints import BEGIN, of_tx
 from spine.governance.transactions import (
-    TRANSACTION_COORDINATOR_ENABLED,
     CompleteRun,
-    DomainClass,
-    RollbackNotSupportedError,
     TransactionFailed,
     TransactionPhase,
     TransactionResult,
@@ -32,7 +29,7 @@ from spine.governance.transactions import (
     completion_problems,
 )
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, StaleEpoch, StorageFailed
-from spine.kernel.errors import JournalError, SpineError
+from spine.kernel.errors import JournalError
 from spine.kernel.messages import Envelope
 from spine.publisher import POST, Event
 
@@ -55,8 +52,12 @@ class Source(Protocol):
         """The latest attempt under this key."""
         ...
 
-    async def run_rows(self, run_id: str) -> Sequence[Row]:
-        """The rows of the run in order."""
+    async def run_rows(self, run_id: str, *kinds: str) -> Sequence[Row]:
+        """The rows of the run in order; of these kinds if some are named."""
+        ...
+
+    async def operation_counts(self, run_id: str, tenant_id: str) -> tuple[int, int, int]:
+        """How many operations of the run were decided on, denied, and failed."""
         ...
 
     async def parked(self, domain: str | None = None, limit: int = 1_000) -> Sequence[object]:
@@ -76,6 +77,7 @@ class Attempts:
         self._driving = driving
         self._outbox = outbox
         self._exchange = deps.exchange
+        self._refusals = Refusals(deps, source, parts, driving.recorder)
         self._running: dict[tuple[str, str], asyncio.Future[None]] = {}
         self._sagas: dict[str, Saga] = {}
         self._stopping = False
@@ -96,11 +98,7 @@ class Attempts:
     async def complete(self, envelope: Envelope, request: CompleteRun) -> TransactionResult:
         """Complete the run; raises ``TransactionFailed``, ``CompletionConflict`` or ``RollbackNotSupportedError``."""
         if problems := completion_problems(request):
-            raise TransactionFailed(
-                f"run {request.run_id!r} was not completed: {'; '.join(problems)}",
-                TransactionPhase.NOT_STARTED,
-                code="INVALID_PARAMS",
-            )
+            raise await self._refusals.told(envelope, request, endings.invalid(request, problems))
         key = (request.run_id, request.completion_key)
         while (running := self._running.get(key)) is not None:
             await asyncio.wait([running], timeout=max(0.0, envelope.deadline - self._exchange.clock.monotonic()))
@@ -134,20 +132,22 @@ class Attempts:
             owner = self._deps.runs.cached(request.run_id) or await self._deps.runs.tenant(request.run_id)
             try:
                 if owner is not None and owner != request.tenant_id:
-                    raise TransactionFailed(
-                        f"run {request.run_id!r} belongs to another tenant, not to {request.tenant_id!r}",
-                        TransactionPhase.NOT_STARTED,
-                        code="TENANT_MISMATCH",
-                    )
+                    raise await self._refusals.told(envelope, request, endings.foreign(request))
                 prior = None
                 if owner is not None:
                     prior = await self._source.transaction(request.run_id, request.completion_key)
-                if prior is not None and TxState(prior.state).in_flight:
-                    await self._wait_for(request, prior, digest)
+                if prior is not None and TxState(prior.state) not in (TxState.ABORTED, TxState.ABORTED_MANUAL):
+                    if prior.digest != digest and prior.state != TxState.PARKED:
+                        raise await self._refusals.told(envelope, request, endings.conflict(request, prior, digest))
+                    if not TxState(prior.state).in_flight:
+                        return await self._stored(request, prior)
+                    await self._wait_for(request, prior)
                     continue
-                if prior is not None and prior.state not in (TxState.ABORTED, TxState.ABORTED_MANUAL):
-                    return await self._stored(request, prior, digest)
-                await self._may_begin(envelope, request, starts=owner is None)
+                if (refusal := await self._refusals.of(request)) is not None:
+                    start = self._start(request, self._exchange.clock.time_us(), starts=owner is None)
+                    if await self._refusals.recorded(envelope, request, refusal, start):
+                        raise refusal
+                    continue
                 plan = await self._plan(request, prior, digest, starts=owner is None)
                 ended = await (
                     self._saga(envelope, plan, began) if plan.external else self._at_once(envelope, plan, began)
@@ -159,58 +159,12 @@ class Attempts:
                     self._deps.runs.abandoned(request.run_id)
         raise endings.unavailable(request, "the ground kept moving until nobody waited for it any more")
 
-    async def _wait_for(self, request: CompleteRun, prior: TransactionRow, digest: str) -> None:
+    async def _wait_for(self, request: CompleteRun, prior: TransactionRow) -> None:
         """Another attempt is in flight: here, in another process, or waiting to be taken over."""
-        if prior.digest != digest:
-            raise endings.conflict(request, prior, digest)
         if self._stopping:
             raise endings.in_flight(request, prior)
         clock = self._exchange.clock
         await clock.sleep_until(clock.monotonic() + POLL_S)
-
-    # -- whether it may begin
-
-    async def _may_begin(self, envelope: Envelope, request: CompleteRun, *, starts: bool) -> None:
-        """Refuse, before any effect and on the record, what could not be undone or must not begin."""
-        refusal = await self._refusal(request)
-        if refusal is None:
-            return
-        now, code = self._exchange.clock.time_us(), getattr(refusal, "code", None) or "ROLLBACK_NOT_SUPPORTED"
-        fields = {
-            "run_id": request.run_id,
-            "tenant_id": request.tenant_id,
-            "completion_key": request.completion_key,
-            "code": code,
-            "reason": text(str(refusal)),
-        }
-        rows = [*self._start(request, now, starts=starts), Record("tx.refused", now, fields)]
-        outcome = await self._driving.recorder.commit(rows, run_id=request.run_id, parent=envelope)
-        if isinstance(outcome, Committed) and starts:
-            self._deps.runs.started(request.run_id, request.tenant_id)
-        raise refusal
-
-    async def _refusal(self, request: CompleteRun) -> SpineError | None:
-        run = f"run {request.run_id!r} was not completed: "
-        if not TRANSACTION_COORDINATOR_ENABLED:
-            return TransactionFailed(
-                f"{run}the transaction coordinator is switched off; unset TRANSACTION_COORDINATOR_ENABLED",
-                TransactionPhase.NOT_STARTED,
-                code="COORDINATOR_DISABLED",
-            )
-        for part in self._parts:
-            if part.cls is DomainClass.EXTERNAL and not reversible(part.domain):
-                return RollbackNotSupportedError(
-                    f"{run}domain {part.name!r} has no rollback(effect), so a completion with it could end half done; "
-                    "give it one, or make it a POST domain that acts after the commit"
-                )
-            if getattr(part.domain, "refuse_when_parked", False) and await self._source.parked(part.name, 1):
-                return TransactionFailed(
-                    f"{run}a rollback of domain {part.name!r} is parked; see `spine parked` and resolve it first",
-                    TransactionPhase.NOT_STARTED,
-                    code="DOMAIN_PARKED",
-                    failed_domain=part.name,
-                )
-        return None
 
     # -- the attempt
 
@@ -229,7 +183,7 @@ class Attempts:
             now,
             deps.instance,
             completion.steps_of(self._parts, tx_id),
-            counts=(0, 0, 0) if starts else await self._operation_counts(request.run_id, request.tenant_id),
+            counts=(0, 0, 0) if starts else await self._source.operation_counts(request.run_id, request.tenant_id),
             start=self._start(request, now, starts=starts),
         )
 
@@ -241,20 +195,12 @@ class Attempts:
         run_id, tenant_id, agent_id = request.run_id, request.tenant_id, request.agent_id
         return implicit_start(self._deps, run_id, tenant_id, agent_id, state, now, accepted=True)
 
-    async def _operation_counts(self, run_id: str, tenant_id: str) -> tuple[int, int, int]:
-        rows = await self._source.run_rows(run_id)
-        bodies = [row.body for row in rows if row.body.get("tenant_id") == tenant_id]
-        decisions = [body for body in bodies if body["kind"] == "decision"]
-        denied = sum(not body["allowed"] for body in decisions)
-        failed = sum(body["kind"] == "outcome" and not body["success"] for body in bodies)
-        return len(decisions), denied, failed
-
     async def _saga(self, envelope: Envelope, plan: Plan, began: float) -> TransactionResult | None:
         """Complete with domains outside; ``None`` when it must be looked at again what the journal says."""
         saga = Saga(self._driving, plan, envelope)
         self._sagas[plan.tx_id] = saga
         try:
-            if not await self._settled(plan, await saga.begin()):
+            if not await self._settled(plan.request, await saga.begin()):
                 return None
             self._started(plan)
             result = await self._drive(saga)
@@ -275,7 +221,7 @@ class Attempts:
             result = await saga.drive()
         finally:
             self._sagas.pop(plan.tx_id, None)
-        self._log(saga.cause, plan, result)
+        self._driving.log.ended(saga.cause, plan, result)
         if plan.state is not TxState.COMMITTED:
             raise endings.failure(plan, result)
         return await self._publish(saga.cause, result, saga.events)
@@ -292,20 +238,22 @@ class Attempts:
             if isinstance(outcome, GuardFailed) and outcome.guard.startswith("write "):
                 plan.state = TxState.EXECUTING
                 completion.guard_failed(plan, outcome.guard, outcome.found, outcome.required)
-            elif not await self._settled(plan, outcome):
+            elif not await self._settled(plan.request, outcome):
                 return None
             else:
                 self._driving.counts["committed"] += 1
                 self._started(plan)
-                self._log(envelope, plan, result)
+                self._driving.log.ended(envelope, plan, result)
                 return await self._publish(envelope, result, events)
         rows = records.aborting(plan, plan.at)
         ended, result = records.aborted(plan, plan.at)
-        if not await self._settled(plan, await self._commit(envelope, plan, ["abort", "compensated"], [*rows, *ended])):
+        if not await self._settled(
+            plan.request, await self._commit(envelope, plan, ["abort", "compensated"], [*rows, *ended])
+        ):
             return None
         self._driving.counts["aborted"] += 1
         self._started(plan)
-        self._log(envelope, plan, result)
+        self._driving.log.ended(envelope, plan, result)
         raise endings.failure(plan, result)
 
     async def _commit(
@@ -327,7 +275,7 @@ class Attempts:
                 await self._driving.failpoint(f"{moment}.after")
         return outcome
 
-    async def _settled(self, plan: Plan, outcome: CommitOutcome) -> bool:
+    async def _settled(self, request: CompleteRun, outcome: CommitOutcome) -> bool:
         """Whether it is written; ``False`` when it must be planned again. Raises when it never will be."""
         match outcome:
             case Committed():
@@ -336,11 +284,11 @@ class Attempts:
                 await self._deps.switch.refresh()
                 return False
             case GuardFailed() if outcome.guard.startswith(UNWRITABLE):
-                raise endings.unavailable(plan.request, f"the record cannot be written: {outcome.guard}")
+                raise endings.unavailable(request, f"the record cannot be written: {outcome.guard}")
             case GuardFailed():
                 return False
             case StorageFailed():
-                raise endings.unavailable(plan.request, outcome.error)
+                raise endings.unavailable(request, outcome.error, unknown=outcome.unknown)
             case _:
                 assert_never(outcome)
 
@@ -363,29 +311,13 @@ class Attempts:
         if first_try.done() and first_try.result():
             result.phase = TransactionPhase.EVENTS_PUBLISHED
             result.events_published = [event.type for event in told]
+            self._driving.log.published(cause, told)
         return result
 
-    async def _stored(self, request: CompleteRun, prior: TransactionRow, digest: str) -> TransactionResult:
+    async def _stored(self, request: CompleteRun, prior: TransactionRow) -> TransactionResult:
         """The result of a completion that ended before; raises what it ended with."""
         if prior.state != TxState.COMMITTED or prior.seq_ended is None:
             raise endings.not_committed(request, prior)
-        if prior.digest != digest:
-            raise endings.conflict(request, prior, digest)
         body = await self._deps.source.body_at(prior.seq_ended)
-        rows = await self._source.run_rows(request.run_id)
+        rows = await self._source.run_rows(request.run_id, "event", "event.published")
         return endings.stored(TransactionResult.from_dict(body["result"]), prior.tx_id, [row.body for row in rows])
-
-    def _log(self, cause: Envelope | None, plan: Plan, result: TransactionResult) -> None:
-        tracer = self._exchange.tracer
-        if tracer.decisions:
-            failed = plan.failed
-            tracer.decision(
-                f"spine.transaction.{plan.state.value.lower()}",
-                actor="coordinator",
-                **({"run_id": plan.request.run_id} if cause is None else tracer.identity(cause)),
-                tx_id=plan.tx_id,
-                phase=result.phase.value,
-                failed_domain=None if failed is None else failed.name,
-                error=plan.error,
-                **plan.flags,
-            )

@@ -93,6 +93,7 @@ class Audit(Actor):
         self._reader = reader
         self._writer = writer
         self._progress = progress
+        self._leased: str | None = None
 
     def __repr__(self) -> str:
         return f"Audit({self._progress})"
@@ -132,6 +133,7 @@ class Audit(Actor):
             if batch:
                 await self._commit(batch)
             elif stopping:
+                await self._release()
                 return
             else:
                 await self.mailbox.wait()
@@ -174,7 +176,17 @@ class Audit(Actor):
         except JournalError as error:
             envelope.fail(error)
             return
+        self._leased = lease.instance
         if envelope.reply_to is None:
             self.exchange.handled(envelope)
         else:
             envelope.reply(None)
+
+    async def _release(self) -> None:
+        """Give the process's lease back: what is unfinished may be taken over at once."""
+        if self._leased is None:
+            return
+        try:
+            await self._writer.renew_lease(self._leased, self.exchange.clock.time_us() - 1)
+        except JournalError as error:
+            self.exchange.tracer.fault("spine.lease.kept", exc=error)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import orjson
 
 from actors.records import recordable, text
 from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, effect_id
+from spine.governance.params import detached
 from spine.governance.transactions import (
     CompleteRun,
     DomainClass,
@@ -189,10 +191,19 @@ def as_json(given: object, what: str) -> Mapping[str, Any]:
     if not isinstance(given, Mapping):
         raise TypeError(f"{what} is not a mapping")
     try:
-        found: dict[str, Any] = orjson.loads(recordable(given))
+        encoded = recordable(given)
     except ValueError as error:
         raise ValueError(f"{what} {error}") from error
+    if b"null" in encoded and not _finite(detached(given)):
+        raise ValueError(f"{what} is not JSON (it holds a number that is not finite)")
+    found: dict[str, Any] = orjson.loads(encoded)
     return found
+
+
+def _finite(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, list) else not isinstance(value, float) or isfinite(value)
 
 
 def fail_with(plan: Plan, step: Step, error: BaseException) -> None:
@@ -235,9 +246,10 @@ def guard_failed(plan: Plan, guard: str, found: int, required: int) -> None:
     number = int(guard.removeprefix("write ").partition(":")[0])
     for step in plan.steps:
         if number < len(step.writes):
-            error = f"its write changed {found} rows where {required} are required ({guard})"
+            counted = guard.endswith(step.writes[number].sql)
+            error = f"its write changed {found} rows where {required} are required" if counted else "its write failed"
             step.state = StepState.INTENT
-            fail(plan, step, StepState.REFUSED, "WRITE_GUARD", error, None)
+            fail(plan, step, StepState.REFUSED, "WRITE_GUARD", f"{error} ({guard})", None)
             return
         number -= len(step.writes)
     raise SpineError(f"transaction {plan.tx_id}: {guard} belongs to no domain")

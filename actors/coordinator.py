@@ -23,6 +23,7 @@ from actors.recorder import Recorder
 from actors.reports import Reports
 from actors.saga import Driving, Retrying
 from actors.takeover import Takeover
+from actors.transaction_log import TransactionLog
 from spine.domains import Participant, class_of
 from spine.effects import Post
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
@@ -35,7 +36,7 @@ from spine.kernel.tasks import Tasks
 from spine.publisher import Publisher
 
 NAME = "coordinator"
-STOP_S = 4.0
+STOP_S = 3.0
 COUNTED = (
     "committed",
     "aborted",
@@ -97,6 +98,7 @@ class Coordinator(Actor):
             own.publisher,
             posts=posts,
             redeliver=own.redeliver,
+            calls=self._calls,
             failpoint=own.failpoint,
             instance=deps.instance,
             counts=own.counts,
@@ -104,7 +106,15 @@ class Coordinator(Actor):
         self._keeps_outbox = own.redeliver or bool(posts)
         parts = parts_of(own.participants)
         driving = Driving(
-            deps.exchange, deps.ids, own.recorder, self._calls, own.failpoint, own.retry, own.counts, self._unmet
+            deps.exchange,
+            deps.ids,
+            own.recorder,
+            self._calls,
+            own.failpoint,
+            own.retry,
+            own.counts,
+            TransactionLog(deps.exchange.tracer),
+            self._unmet,
         )
         self._attempts = Attempts(deps, own.source, parts, driving, self._outbox)
         self._takeover = Takeover(

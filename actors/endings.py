@@ -44,6 +44,24 @@ def stored(result: TransactionResult, tx_id: str, rows: Sequence[Mapping[str, An
     return result
 
 
+def invalid(request: CompleteRun, problems: Sequence[str]) -> TransactionFailed:
+    """The error of a request whose fields cannot be recorded."""
+    return TransactionFailed(
+        f"run {request.run_id!r} was not completed: {'; '.join(problems)}",
+        TransactionPhase.NOT_STARTED,
+        code="INVALID_PARAMS",
+    )
+
+
+def foreign(request: CompleteRun) -> TransactionFailed:
+    """The error of a completion by another tenant."""
+    return TransactionFailed(
+        f"run {request.run_id!r} belongs to another tenant, not to {request.tenant_id!r}",
+        TransactionPhase.NOT_STARTED,
+        code="TENANT_MISMATCH",
+    )
+
+
 def not_committed(request: CompleteRun, prior: TransactionRow) -> TransactionFailed:
     """The error of a completion that waits, parked, for an operator."""
     return TransactionFailed(
@@ -101,11 +119,16 @@ def conflict(request: CompleteRun, prior: TransactionRow, digest: str) -> Comple
     )
 
 
-def unavailable(request: CompleteRun, detail: str) -> TransactionFailed:
-    """The error of a completion whose record is not taken."""
-    return TransactionFailed(
-        f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free "
-        "its storage and complete the run again",
-        TransactionPhase.FAILED,
-        code="JOURNAL_UNAVAILABLE",
-    )
+def unavailable(request: CompleteRun, detail: str, *, unknown: bool = False) -> TransactionFailed:
+    """The error of a completion whose record is not taken, or of which it is ``unknown`` whether it was."""
+    if unknown:
+        message = (
+            f"it is not known whether run {request.run_id!r} was completed: {detail}; complete the run again, what "
+            "stands is told then"
+        )
+    else:
+        message = (
+            f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free "
+            "its storage and complete the run again"
+        )
+    return TransactionFailed(message, TransactionPhase.FAILED, code="JOURNAL_UNAVAILABLE")

@@ -12,17 +12,19 @@ from typing import Any, Protocol
 
 import anyio
 
+from actors.effect_calls import Answered, EffectCalls, Unanswered
 from actors.recorder import Recorder
 from actors.records import ack
+from spine.domains import Refused
 from spine.effects import Effect, Post, timeout_of
-from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint, of_call
+from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint
 from spine.governance.units import Committed, Record
 from spine.kernel.errors import JournalError, Overloaded
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
-from spine.kernel.tasks import Tasks
+from spine.kernel.tasks import Tasks, cancelling
 from spine.publisher import POST, Event, Publisher
 
 PUBLISH_S = 10.0
@@ -74,6 +76,7 @@ class Outbox:
         *,
         posts: Mapping[str, Post],
         redeliver: bool,
+        calls: EffectCalls,
         failpoint: Failpoint,
         instance: str,
         counts: dict[str, int],
@@ -85,6 +88,7 @@ class Outbox:
         self._publisher = publisher
         self._posts = posts
         self._redeliver = redeliver
+        self._calls = calls
         self._failpoint = failpoint
         self._instance = instance
         self._counts = counts
@@ -228,24 +232,23 @@ class Outbox:
         if not delivery.first_try.done():
             delivery.first_try.set_result(isinstance(recorded, Committed))
 
-    async def _publish(self, event: Event, attempt: int) -> Exception | None:
-        moment = of_call("post") if event.type.startswith(POST) else PUBLISH
-        await self._failpoint(f"{moment}.before")
+    async def _publish(self, event: Event, attempt: int) -> BaseException | None:
+        if event.type.startswith(POST):
+            return await self._post(event, attempt)
+        await self._failpoint(f"{PUBLISH}.before")
         try:
-            if event.type.startswith(POST):
-                await self._post(event, attempt)
-            else:
-                with anyio.fail_after(PUBLISH_S):
-                    await self._publisher.publish(event)
-        except Exception as error:  # noqa: BLE001  foreign code: its failure is logged and tried again
+            with anyio.fail_after(PUBLISH_S):
+                await self._publisher.publish(event)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and cancelling():
+                raise
             return error
-        await self._failpoint(f"{moment}.after")
+        await self._failpoint(f"{PUBLISH}.after")
         return None
 
-    async def _post(self, event: Event, attempt: int) -> None:
-        domain = self._posts[event.type.removeprefix(POST)]
-        seconds = timeout_of(domain)
-        deadline = self._exchange.clock.monotonic() + seconds
+    async def _post(self, event: Event, attempt: int) -> BaseException | None:
+        name = event.type.removeprefix(POST)
+        domain = self._posts[name]
         effect = Effect(
             event.event_id,
             event.tx_id,
@@ -253,11 +256,16 @@ class Outbox:
             event.tenant_id,
             event.epoch,
             attempt,
-            deadline,
+            self._exchange.clock.monotonic() + timeout_of(domain),
             event.payload["descriptor"],
         )
-        with anyio.fail_after(seconds):
-            await domain.post(effect)
+        match await self._calls.call(name, "post", domain.post, effect):
+            case Answered():
+                return None
+            case Unanswered() as answer:
+                return answer.cause or TimeoutError(answer.error)
+            case Refused() as refusal:
+                return refusal
 
     def _ack(self, event: Event) -> Record:
         return ack(

@@ -9,7 +9,7 @@ from actors import transaction_records as records
 from actors.completion import Part, Plan
 from actors.recorder import Recorder
 from actors.records import text
-from actors.reload import reload
+from actors.reload import KINDS, reload
 from actors.takeover import StrandedSource
 from spine.governance.failpoints import Failpoint, of_tx
 from spine.governance.parking import ResolveTransaction, RetryTransaction, validate
@@ -60,7 +60,8 @@ class Parking:
         fields = {
             **records.identity(plan),
             "state": TxState.COMPENSATING.value,
-            "instance": self._instance,
+            # Nobody's until it is claimed: this Spine may live on and not have the domains.
+            "instance": "",
             "reason": text(request.reason),
             "actor": text(request.actor),
         }
@@ -77,7 +78,7 @@ class Parking:
             raise ConfigurationError(
                 f"transaction {request.tx_id} is {row.state}, not PARKED: see `spine why {row.run_id}`"
             )
-        return reload(await self._source.run_rows(row.run_id), row, self._parts, self._instance)
+        return reload(await self._source.run_rows(row.run_id, *KINDS), row, self._parts, self._instance)
 
     async def _write(self, envelope: Envelope, plan: Plan, move: str, rows: Sequence[Record]) -> None:
         await self._failpoint(f"{of_tx(move)}.before")

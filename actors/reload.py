@@ -9,6 +9,8 @@ from actors.completion import Part, Plan, Step, contract_step
 from spine.governance.transactions import CompleteRun, DomainClass, StepState, TxState
 from spine.kernel.errors import JournalBroken
 
+# Of what kinds the records are that are read here.
+KINDS = ("tx.begun", "tx.step", "tx.aborting")
 _FLAGS = ("governance_active", "authority_degraded", "authority_reason", "authority_code")
 
 

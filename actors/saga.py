@@ -16,16 +16,18 @@ from actors.completion import Plan, Step, as_json, described, fail, fail_with, g
 from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
 from actors.recorder import Recorder
 from actors.records import text
+from actors.transaction_log import TransactionLog
 from spine.domains import Refused
 from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
-from spine.governance.transactions import UNDONE_FROM, StepState, TransactionResult, TxState
+from spine.governance.transactions import INTERRUPTED, UNDONE_FROM, StepState, TransactionResult, TxState
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, Write
 from spine.kernel.errors import SpineError
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
+from spine.kernel.tasks import cancelling
 from spine.publisher import Event
 
 _WRITES = "write "
@@ -57,6 +59,7 @@ class Driving:
     failpoint: Failpoint
     retry: Retrying
     counts: dict[str, int]
+    log: TransactionLog
     unmet: Callable[[Plan], Awaitable[str | None]]
 
 
@@ -86,6 +89,7 @@ class Saga:
         await self._pass(moments, "before")
         outcome = await self._commit([*plan.start, records.begun(plan)], epoch=plan.governance_epoch)
         if isinstance(outcome, Committed):
+            self._own.log.begun(self.cause, plan)
             await self._pass(moments, "after")
         return outcome
 
@@ -125,11 +129,11 @@ class Saga:
         if step.state is StepState.PLANNED:
             try:
                 step.descriptor = described(plan, step)
-            except Exception as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
+            except BaseException as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
                 fail_with(plan, step, error)
                 return
             intent = records.moved(plan, step, "intend", self._clock.time_us(), descriptor=step.descriptor)
-            await self._write([of_step("intend")], [intent])
+            await self._move(step, "intend", [intent])
         answer = await self._send(step, sent)
         match answer:
             case Answered():
@@ -150,14 +154,14 @@ class Saga:
             return
         at = self._clock.time_us()
         done = records.moved(plan, step, "done", at, result=step.result)
-        await self._write([of_step("done")], [done, records.delivered(plan, step, at)])
+        await self._move(step, "done", [done, records.delivered(plan, step, at)])
 
     async def _send(self, step: Step, sent: int) -> Answer:
         """Call the domain until it answers or its attempts are used up."""
         domain, allowed = step.domain, attempts_of(step.domain)
         if sent and await self._status(step) == TOMBSTONED:
             return Unanswered("TOMBSTONED", f"domain {step.name!r} has undone this effect already")
-        answer: Answer = Unanswered("INTERRUPTED", f"the process ended before domain {step.name!r} had answered")
+        answer: Answer = Unanswered(INTERRUPTED, f"the process ended before domain {step.name!r} had answered")
         for attempt in range(sent + 1, allowed + 1):
             if attempt > sent + 1:
                 await self._pause(attempt - 1)
@@ -192,6 +196,7 @@ class Saga:
             move = failed.state.value.lower()
             moments.insert(0, of_step(move))
             rows.insert(0, records.step_record(plan, failed, move, at))
+            self._own.log.moved(self.cause, plan, failed, move)
         await self._write(moments, rows)
 
     async def _compensate(self) -> None:
@@ -220,17 +225,17 @@ class Saga:
         plan, again = self.plan, step.state in (StepState.RB_INTENT, StepState.PARKED)
         if step.state is not StepState.RB_INTENT:
             intent = records.moved(plan, step, "undo", self._clock.time_us())
-            await self._write([of_step("undo")], [intent])
+            await self._move(step, "undo", [intent])
         attempts, said = 0, "TOMBSTONED"
         if not again or await self._status(step) != TOMBSTONED:
             attempts, said = await self._roll_back(step)
         at = self._clock.time_us()
         if not said:
             parked = records.moved(plan, step, "park", at, attempts=attempts)
-            await self._write([of_step("park")], [parked])
+            await self._move(step, "park", [parked])
             return False
         undone = records.rolled_back(plan, step, at, reason=reason, attempts=attempts)
-        await self._write([of_step("undone")], undone)
+        await self._move(step, "undone", undone)
         self._own.counts["compensated"] += 1
         return True
 
@@ -269,8 +274,8 @@ class Saga:
         try:
             return await call
         except asyncio.CancelledError:
-            if call.cancelled() and self._stopping and not _cancelling():
-                return Unanswered("CANCELLED", f"the Spine stopped while domain {step.name!r} was asked")
+            if call.cancelled() and self._stopping and not cancelling():
+                return Unanswered(INTERRUPTED, f"the Spine stopped while domain {step.name!r} was asked")
             call.cancel()
             raise
         finally:
@@ -292,6 +297,11 @@ class Saga:
     async def _pass(self, moments: Sequence[str], when: str) -> None:
         for moment in moments:
             await self._own.failpoint(f"{moment}.{when}")
+
+    async def _move(self, step: Step, move: str, rows: Sequence[Record]) -> None:
+        """Have a step's move committed, and told in the log."""
+        await self._write([of_step(move)], rows)
+        self._own.log.moved(self.cause, self.plan, step, move)
 
     async def _write(
         self, moments: Sequence[str], rows: Sequence[Record], writes: Sequence[Write] = ()
@@ -344,8 +354,3 @@ def _said(answer: Refused | Unanswered) -> tuple[str, str]:
     """What an answer that is no success is recorded as."""
     code, error = (answer.code, answer.reason) if isinstance(answer, Refused) else (answer.code, answer.error)
     return str(text(code)), str(text(error))
-
-
-def _cancelling() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

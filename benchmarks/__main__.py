@@ -1,4 +1,4 @@
-"""``python -m benchmarks [P1 P2 P3 P8] [--quick] [--json]``: both sides, the ratio and the goal of each number."""
+"""``python -m benchmarks [P1 P2 P3 P4 P8] [--quick] [--json]``: both sides, the ratio and the goal of each number."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import governed, kernel, startup
+from benchmarks import completion, governed, kernel, startup
 from benchmarks.harness import Line, Plan, SideFailed
 
 NUMBERS: dict[str, Callable[[Plan], list[Line]]] = {
     "P1": kernel.p1,
     "P2": governed.p2,
     "P3": governed.p3,
+    "P4": completion.p4,
     "P8": startup.p8,
 }
 PEERS = ("pykka", "dbos")

@@ -135,6 +135,13 @@ def interleave(sides: Sequence[Side], plan: Plan) -> dict[str, Samples]:
     return samples
 
 
+def fastest(sides: Mapping[str, Samples], wanted: str, *, exact: bool = False) -> tuple[str, Samples, str]:
+    """The side whose figure ``wanted``, or without ``exact`` its best one starting so, has the highest median."""
+    chosen = {name: wanted if exact else samples.best(wanted) for name, samples in sides.items()}
+    name = max(sides, key=lambda name: sides[name].median(chosen[name]))
+    return name, sides[name], chosen[name]
+
+
 def figure(name: str, value: float) -> str:
     """A figure with its unit, read off its name."""
     if name.endswith("_us"):

@@ -91,8 +91,9 @@ class Spine(Declarations, Operating):
         super().__init__()
         self.url = url or default_url()
         self._participants = participants(domains)
-        # Only who names a publisher takes over what others left: a command on the database must swallow no events.
-        self._publisher, self._redeliver = publisher or LogPublisher(), publisher is not None
+        # Only an application, which names a publisher or domains, takes over what others left: a command on the
+        # database must swallow no events.
+        self._publisher, self._redeliver = publisher or LogPublisher(), publisher is not None or bool(domains)
         if isinstance(publisher, type) or not inspect.iscoroutinefunction(getattr(self._publisher, "publish", None)):
             raise TypeError(
                 f"publisher {publisher!r} must be an object with async publish(event): see spine.publisher.Publisher"

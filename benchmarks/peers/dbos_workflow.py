@@ -1,4 +1,4 @@
-"""DBOS: a durable workflow of one step on SQLite, as installed or at its best (WAL, synchronous=FULL)."""
+"""DBOS: a durable workflow of one or more steps on SQLite, as installed or at its best (WAL, synchronous=FULL)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ CALLERS = (1, 10, 30, 100)
 
 @DBOS.step()
 def step(params: dict[str, Any]) -> dict[str, Any]:
-    """The step of the workflow."""
+    """Every step of the workflow."""
     return params
 
 
 @DBOS.workflow()
-def workflow(params: dict[str, Any]) -> dict[str, Any]:
+def workflow(params: dict[str, Any], steps: int) -> dict[str, Any]:
     """Synchronous, called from threads: measured faster than the asynchronous kind."""
-    result: dict[str, Any] = step(params)
-    return result
+    for _ in range(steps):
+        params = step(params)
+    return params
 
 
 def wal_and_full() -> None:
@@ -43,7 +44,7 @@ def wal_and_full() -> None:
 
 
 def main() -> None:
-    options = arguments("--mode", "--pool")
+    options = arguments("--mode", "--pool", "--steps")
     warnings.simplefilter("ignore")
     if options.mode == "best":
         wal_and_full()
@@ -53,10 +54,10 @@ def main() -> None:
         config["sys_db_pool_size"] = int(options.pool)
     DBOS(config=config)
     DBOS.launch()
-    params = {"payload": PAYLOAD}
+    params, steps = {"payload": PAYLOAD}, int(options.steps or 1)
     try:
-        thread_rate(lambda: workflow(params), 1, options.seconds / 5)
-        figures = {f"workflow_{n}": thread_rate(lambda: workflow(params), n, options.seconds) for n in CALLERS}
+        thread_rate(lambda: workflow(params, steps), 1, options.seconds / 5)
+        figures = {f"workflow_{n}": thread_rate(lambda: workflow(params, steps), n, options.seconds) for n in CALLERS}
     finally:
         DBOS.destroy()
     with sqlite3.connect(path) as connection:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-from benchmarks.governed import POSTGRESQL_URL
+from benchmarks.databases import database
 from benchmarks.harness import PAYLOAD
 from benchmarks.side import arguments, async_rate, report
 from spine import AuthorityDecision, OperationContext, Spine
@@ -61,23 +57,6 @@ async def measure(url: str, durability: Durability, seconds: float) -> dict[str,
             "execute_1": await async_rate(call, 1, seconds, spine.flush),
             "execute_100": await async_rate(call, CALLERS, seconds, spine.flush),
         }
-
-
-@contextmanager
-def database(kind: str, folder: Path) -> Iterator[str]:
-    """The URL of a new database: a file in the folder, or a PostgreSQL database dropped afterwards."""
-    if kind != "postgresql":
-        yield f"sqlite+aiosqlite:///{folder / 'spine.db'}"
-        return
-    import psycopg
-
-    name = f"spine_bench_{uuid.uuid4().hex}"
-    with psycopg.connect(POSTGRESQL_URL.replace("+psycopg", ""), autocommit=True) as server:
-        server.execute(f'CREATE DATABASE "{name}"')
-        try:
-            yield f"{POSTGRESQL_URL.rpartition('/')[0]}/{name}"
-        finally:
-            server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from spine.cli import checks, operate, questions, recording
+from spine.cli import checks, operate, parking, questions, recording
 from spine.cli.support import EXIT_USAGE, complain
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (recording, questions, checks, operate):
+for module in (recording, questions, checks, operate, parking):
     module.register(app)
 
 

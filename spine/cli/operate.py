@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spine.governance.authority import GovernanceState
     from spine.runtime import Spine
 
+T = TypeVar("T")
 Reason = Annotated[str, typer.Option("--reason", help="Why; it is recorded.")]
 Actor = Annotated[str, typer.Option("--actor", help="Who; it is recorded.")]
 
@@ -55,7 +56,7 @@ def restore(reason: Reason, actor: Actor, db: Database = None, as_json: AsJson =
 def _switch(db: str | None, as_json: bool, act: Callable[[Spine], Awaitable[GovernanceState]]) -> int:
     import anyio
 
-    state = anyio.run(partial(_act, database_url(db), act))
+    state = anyio.run(partial(act_on, database_url(db), act))
     if as_json:
         print_json(state.to_dict())
         return 0
@@ -74,7 +75,8 @@ def _switch(db: str | None, as_json: bool, act: Callable[[Spine], Awaitable[Gove
     return 0
 
 
-async def _act(url: str, act: Callable[[Spine], Awaitable[GovernanceState]]) -> GovernanceState:
+async def act_on(url: str, act: Callable[[Spine], Awaitable[T]]) -> T:
+    """Act through a Spine of this command's own on a database that exists."""
     # A switch on a database that nobody uses is a mistyped URL: reading first refuses it instead of creating it.
     async with reading(url) as reader:
         await reader.head()

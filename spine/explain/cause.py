@@ -54,7 +54,8 @@ def failed_domain(attempt: Attempt | None) -> Step | None:
     if attempt is None:
         return None
     steps = [attempt.steps[n] for n in sorted(attempt.steps)]
-    name = text_of(attempt.ended.body, "failed_domain") if attempt.ended is not None else None
+    row = attempt.ended or attempt.aborting
+    name = text_of(row.body, "failed_domain") if row is not None else None
     for fits in (
         lambda step: step.state == PARKED,
         lambda step: name is not None and step.name == name,
@@ -74,12 +75,25 @@ def _parked(story: Story) -> Cause:
     error = (step.error if step else None) or _field(ended, "error") or UNKNOWN
     name = (step.name if step else None) or _field(ended, "failed_domain") or UNKNOWN
     seq = step.seq if step is not None and step.seq is not None else (ended.seq if ended is not None else None)
-    return Cause(code, f"the rollback of domain {name} is parked: {error}", seq)
+    return Cause(code, f"the rollback of domain {name} is parked: {error}{_abort_reason(attempt)}", seq)
+
+
+def _abort_reason(attempt: Attempt | None) -> str:
+    """Why there was something to roll back."""
+    aborting = attempt.aborting if attempt is not None else None
+    if aborting is None:
+        return ""
+    name, code, error = (_field(aborting, part) or UNKNOWN for part in ("failed_domain", "code", "error"))
+    return f" (it was to be undone because domain {name} ended the completion with {code}: {error})"
 
 
 def _rolled_back(story: Story) -> Cause:
     attempt = story.in_state(*ABORTED_STATES)
     ended = attempt.ended if attempt is not None else None
+    if attempt is not None and attempt.state == "ABORTED_MANUAL":
+        who, evidence = _field(ended, "actor") or UNKNOWN, _field(ended, "evidence") or UNKNOWN
+        text = f"the completion was undone by hand, says {who}: {evidence}{_abort_reason(attempt)}"
+        return Cause(_field(attempt.aborting, "code") or "RESOLVED", text, ended.seq if ended else None)
     step = failed_domain(attempt)
     code = _field(ended, "code") or (step.code if step else None) or UNKNOWN
     error = _field(ended, "error") or (step.error if step else None) or UNKNOWN
@@ -127,7 +141,12 @@ def _succeeded(story: Story) -> Cause:
 def _pending(story: Story) -> Cause:
     flying = [attempt for attempt in story.latest() if attempt.in_flight]
     if flying:
-        return Cause(flying[-1].state, f"its completion is under way, {flying[-1].state}", flying[-1].seq)
+        text = f"its completion is under way, {flying[-1].state}{_abort_reason(flying[-1])}"
+        return Cause(flying[-1].state, text, flying[-1].seq)
+    refused = story.refused_completion
+    if refused is not None:
+        reason = _field(refused, "reason") or UNKNOWN
+        return Cause(_field(refused, "code") or "REFUSED", f"its completion was refused: {reason}", refused.seq)
     waiting = story.open_decisions()
     if waiting:
         operation = text_of(waiting[-1].body, "operation") or UNKNOWN

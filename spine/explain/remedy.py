@@ -27,7 +27,9 @@ def next_step(story: Story, verdict: str, cause: Cause, *, intact: bool | None) 
         return "Trust no line above until this is cleared up: spine verify names every row that was changed."
     match verdict:
         case "parked":
-            return f"Repair domain {_domain(story)}: its rollback waits, parked, for an operator."
+            return _after_parking(story)
+        case "rolled_back" if (decided := story.in_state(*ABORTED_STATES)) and decided.state == "ABORTED_MANUAL":
+            return "Complete the run again, if it still matters: an operator has undone this attempt by hand."
         case "rolled_back":
             return f"Repair domain {_domain(story)} and complete the run again: nothing of this attempt persists."
         case "denied":
@@ -40,6 +42,15 @@ def next_step(story: Story, verdict: str, cause: Cause, *, intact: bool | None) 
             return f"Nothing to do{waits}."
         case _:
             return _while_pending(story)
+
+
+def _after_parking(story: Story) -> str:
+    attempt = story.in_state(PARKED)
+    tx_id = attempt.tx_id if attempt is not None else "TX"
+    return (
+        f"Repair domain {_domain(story)} and run: spine resolve {tx_id} --retry --reason WHY --actor YOU; or undo it "
+        f"by hand and run: spine resolve {tx_id} --evidence WHAT --reason WHY --actor YOU."
+    )
 
 
 def _domain(story: Story) -> str:

@@ -42,6 +42,7 @@ class Step:
     error: str | None = None
     code: str | None = None
     seq: int | None = None
+    effect_id: str | None = None
 
 
 @dataclass(slots=True)
@@ -56,6 +57,7 @@ class Attempt:
     state: str = "EXECUTING"
     phase: str | None = None
     run_status: str | None = None
+    epoch: int = 1
     steps: dict[int, Step] = field(default_factory=dict)
 
     @property
@@ -88,6 +90,7 @@ class Story:
     published: set[str] = field(default_factory=set)
     rows: int = 0
     refusals: int = 0
+    refused_completions: int = 0
 
     def latest(self) -> list[Attempt]:
         """The latest attempt of each completion key, oldest first: an earlier attempt no longer speaks for the run."""
@@ -157,6 +160,7 @@ def _sort(story: Story, row: JournalRow, kind: str) -> None:
         story.published.update(str(event_id) for event_id in items_of(body, "event_ids"))
     elif kind == "tx.refused":
         story.refused_completion = row
+        story.refused_completions += 1
     elif kind.startswith("tx."):
         _sort_tx(story, row, kind)
 
@@ -165,6 +169,7 @@ def _sort_tx(story: Story, row: JournalRow, kind: str) -> None:
     body = row.body
     tx_id = str(body.get("tx_id"))
     attempt = story.attempts.setdefault(tx_id, Attempt(tx_id))
+    attempt.epoch = _number(body.get("epoch"), attempt.epoch)
     if kind == "tx.begun":
         attempt.begun, story.refused_completion = row, None
         attempt.completion_key = text_of(body, "completion_key") or ""
@@ -172,7 +177,9 @@ def _sort_tx(story: Story, row: JournalRow, kind: str) -> None:
         for domain in items_of(body, "domains"):
             if isinstance(domain, Mapping):
                 n = _number(domain.get("n"), len(attempt.steps))
-                attempt.steps.setdefault(n, Step(n, text_of(domain, "name"), text_of(domain, "class")))
+                step = Step(n, text_of(domain, "name"), text_of(domain, "class"))
+                step.effect_id = text_of(domain, "effect_id")
+                attempt.steps.setdefault(n, step)
     elif kind == "tx.step":
         n = _number(body.get("n"), len(attempt.steps))
         attempt.steps[n] = Step(

@@ -52,7 +52,8 @@ def totals(rows: Iterable[JournalRow], *, key_prefix: str | None = None) -> Tota
         counted.rolled_back += attempt.state in ABORTED_STATES
     if key_prefix is not None:
         ends = sum(str(row.body.get("decision_id")) in story.outcomes for row in others)
-        counted.journal_rows -= len(others) + ends + max(story.refusals - 1, 0)
+        repeated = max(story.refusals - 1, 0) + max(story.refused_completions - 1, 0)
+        counted.journal_rows -= len(others) + ends + repeated
     return counted
 
 

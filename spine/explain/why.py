@@ -11,7 +11,18 @@ from spine.explain.cause import Cause, find_cause
 from spine.explain.contract import contract
 from spine.explain.decisions import DecisionLine, decision_lines
 from spine.explain.remedy import next_step
-from spine.explain.story import ABORTED_STATES, COMMITTED, PARKED, Attempt, JournalRow, Story, flag_of, read, text_of
+from spine.explain.story import (
+    ABORTED_STATES,
+    COMMITTED,
+    PARKED,
+    Attempt,
+    JournalRow,
+    Step,
+    Story,
+    flag_of,
+    read,
+    text_of,
+)
 from spine.explain.text import Line, explanation_lines
 
 EXIT_CODES = {"succeeded": 0, "denied": 3, "failed": 4, "rolled_back": 4, "parked": 4, "pending": 5}
@@ -127,10 +138,15 @@ def _transaction(story: Story) -> dict[str, Any] | None:
     if attempt is None:
         return None
     domains = [
-        {"name": s.name, "class": s.cls, "state": s.state, "result_id": s.result_id, "error": s.error}
+        {"name": s.name, "class": s.cls, "state": _state(story, s), "result_id": s.result_id, "error": s.error}
         for _, s in sorted(attempt.steps.items())
     ]
     return {"state": attempt.state, "phase": attempt.phase, "domains": domains}
+
+
+def _state(story: Story, step: Step) -> str:
+    """A step's state; a POST domain has done its part when its delivery is recorded."""
+    return "DONE" if step.effect_id is not None and step.effect_id in story.published else step.state
 
 
 def _shown_attempt(story: Story) -> Attempt | None:
@@ -162,6 +178,7 @@ def _notes(story: Story) -> list[str]:
     attempt = _shown_attempt(story)
     if attempt is not None and attempt.begun is not None and flag_of(attempt.begun.body, "authority_degraded"):
         notes.append(f"the completion was flagged: {text_of(attempt.begun.body, 'authority_reason') or 'unknown'}")
+    notes += [f"taken over under epoch {attempt.epoch}"] if attempt is not None and attempt.epoch > 1 else []
     if len(story.attempts) > 1:
         notes.append(f"{len(story.attempts)} attempts to complete it are recorded; the last is shown")
     return notes

@@ -60,10 +60,30 @@ class JournalReader(Reading):
         found = await self._all(f"SELECT {_columns(RunRow)} FROM runs WHERE run_id = ?", run_id)
         return _run(found[0]) if found else None
 
-    async def run_rows(self, run_id: str) -> list[Row]:
-        """Every journal row of the run, in order."""
-        found = await self._all(f"SELECT {_ROW} FROM journal WHERE run_id = ? AND {_MAIN} ORDER BY seq", run_id)
-        return [_row(values) for values in found]
+    async def run_rows(self, run_id: str, *kinds: str) -> list[Row]:
+        """Every journal row of the run, in order; of these ``kinds`` if some are named."""
+        of_kind = f" AND kind IN ({','.join('?' * len(kinds))})" if kinds else ""
+        sql = f"SELECT {_ROW} FROM journal WHERE run_id = ? AND {_MAIN}{of_kind} ORDER BY seq"
+        return [_row(values) for values in await self._all(sql, run_id, *kinds)]
+
+    async def operation_counts(self, run_id: str, tenant_id: str) -> tuple[int, int, int]:
+        """How many operations of the tenant's run were decided on, denied, and ended without success."""
+        found = await self._all(
+            f"SELECT kind, {self._false('allowed')}, {self._false('success')}, count(*) FROM journal "
+            f"WHERE run_id = ? AND tenant_id = ? AND {_MAIN} AND kind IN ('decision', 'outcome') GROUP BY 1, 2, 3",
+            run_id,
+            tenant_id,
+        )
+        decided = sum(count for kind, _, _, count in found if kind == "decision")
+        denied = sum(count for kind, refused, _, count in found if kind == "decision" and refused)
+        failed = sum(count for kind, _, unsuccessful, count in found if kind == "outcome" and unsuccessful)
+        return decided, denied, failed
+
+    def _false(self, name: str) -> str:
+        """Whether that member of a body is false, in the database's own JSON."""
+        if self._target.dialect == "sqlite":
+            return f"json_extract(body, '$.{name}') = 0"
+        return f"(body::json ->> '{name}') = 'false'"
 
     async def run_ids_like(self, prefix: str, limit: int = 10) -> list[str]:
         """Up to ``limit`` ids, sorted, of runs with journal rows that begin with ``prefix``."""

@@ -14,7 +14,13 @@ import anyio.to_thread
 from spine.explain.story import ABORTED_STATES
 from spine.explain.totals import Totals, totals
 from spine.governance.operations import OperationContext, OperationResult
-from spine.governance.transactions import CompleteRun, CompletionConflict, TransactionFailed, completion_digest
+from spine.governance.transactions import (
+    INTERRUPTED,
+    CompleteRun,
+    CompletionConflict,
+    TransactionFailed,
+    completion_digest,
+)
 from spine.kernel.errors import NotRunning, SpineError, SpineFailed
 from spine.replay.ledger import RunLedger
 from spine.replay.lines import (
@@ -31,6 +37,7 @@ from spine.replay.lines import (
 
 if TYPE_CHECKING:
     from spine.journal.reader import JournalReader
+    from spine.journal.rows import TransactionRow
     from spine.runtime import Spine
 
 RUNS_AT_ONCE: Final = 32
@@ -257,7 +264,7 @@ class Replay:
             "error_message": line.error_message,
         }
         earlier = await self._reader.transaction(line.run_id, "") if self._reader is not None else None
-        if earlier is not None and earlier.state in ABORTED_STATES:
+        if earlier is not None and earlier.state in ABORTED_STATES and not await self._interrupted(earlier):
             # It was rolled back when it was sent before: another attempt would make the record longer, not better.
             if earlier.digest != completion_digest(CompleteRun(run_id=line.run_id, **payload)):
                 self._reject(job.number, f"the completion of run {line.run_id!r} was rolled back with another payload")
@@ -269,6 +276,11 @@ class Replay:
         except TransactionFailed as error:
             # A rolled-back completion is in the journal and counted there; only what is not there is news.
             self._judge(job.number, error.code, str(error))
+
+    async def _interrupted(self, earlier: TransactionRow) -> bool:
+        """Whether nothing but the end of a process rolled it back: then it is completed as if for the first time."""
+        assert self._reader is not None and earlier.seq_ended is not None
+        return (await self._reader.body_at(earlier.seq_ended)).get("code") == INTERRUPTED
 
     async def _execute(self, job: _Job, line: RecordedOperation) -> None:
         key = str(job.key)

@@ -435,7 +435,9 @@ async def test_another_payload_under_the_same_key_is_a_conflict(sqlite_url: str,
         before = journal(sqlite_url)
         with pytest.raises(CompletionConflict, match="run-1"):
             await complete(spine, **other)
-        assert journal(sqlite_url) == before
+        *kept, refused = journal(sqlite_url)
+        assert kept == before
+        assert (refused["kind"], refused["code"]) == ("tx.refused", "COMPLETION_CONFLICT")
         second = await complete(spine, completion_key="correction", **other)
         assert second.is_complete
         assert second.transaction_id != first.transaction_id

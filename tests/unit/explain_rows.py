@@ -7,6 +7,14 @@ from typing import Any
 
 FLAT = {"governance_active": True, "authority_degraded": False, "authority_reason": "ok", "authority_code": "ALLOWED"}
 
+# The record of the move into each state.
+MOVED = {
+    "ABORTED": "tx.aborted",
+    "COMPENSATING": "tx.aborting",
+    "PARKED": "tx.parked",
+    "ABORTED_MANUAL": "tx.resolved",
+}
+
 
 @dataclass
 class Row:
@@ -78,7 +86,8 @@ class Journal:
             "code": "NO_FUNDS",
             "error": "empty",
         }
-        return self.add("tx.aborted", tx_id=tx_id, **{**defaults, **fields})
+        fields = {**defaults, **fields}
+        return self.add(MOVED[str(fields["state"])], tx_id=tx_id, **fields)
 
     def complete(self, run_status: str = "succeeded", tx_id: str = "t1", **fields: Any) -> Row:
         self.begin(tx_id, run_status, **fields)

@@ -106,6 +106,8 @@ async def test_counts_are_what_the_tables_hold(reader: JournalReader) -> None:
         runs_parked=0,
         decisions_open=3,
         transactions=3,
+        transactions_in_flight=0,
+        transactions_parked=0,
         events=3,
         events_pending=2,
     )
