@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import anyio
 
 from actors import coordinator, outbox, takeover
 from spine import Spine
-from spine.governance.transactions import TransactionFailed, TransactionResult
+from spine.governance.transactions import TransactionFailed
 from spine.kernel.errors import SpineError
 from spine.kernel.supervisor import Policy
 from spine.settings import Retry, Settings
@@ -94,10 +95,10 @@ class Life:
             ),
         )
 
-    async def work(self) -> None:
-        """Complete every run, each by a caller of its own, at the same time; then wait until nothing is in flight."""
+    async def work(self, runs: Sequence[str]) -> None:
+        """Complete the runs, each by a caller of its own, at the same time; then wait until nothing is in flight."""
         async with self.spine:
-            await asyncio.gather(*[self._caller(run) for run in RUNS])
+            await asyncio.gather(*[self._caller(run) for run in runs])
             await self._quiet()
 
     async def recover(self) -> None:
@@ -218,4 +219,4 @@ def live(spec: dict[str, Any]) -> None:
     """Live once, as ``spec`` says."""
     blow = Blow(**spec["blow"]) if spec["blow"] is not None else None
     life = Life(spec["url"], Path(spec["place"]), blow)
-    asyncio.run(life.work() if spec["works"] else life.recover())
+    asyncio.run(life.work(spec["runs"]) if spec["runs"] else life.recover())

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +42,12 @@ class Lives:
             cwd=ROOT,
         )
 
-    def live(self, url: str, place: Path, *, works: bool, blow: Blow | None = None) -> int:
-        """Let an application live until its end; its exit status. Its log is ``place/log``."""
-        spec = {"url": url, "place": str(place), "works": works, "blow": None if blow is None else asdict(blow)}
+    def live(self, url: str, place: Path, *, runs: Sequence[str] = (), blow: Blow | None = None) -> int:
+        """Let an application live that completes the ``runs``, or that only recovers; its exit status.
+
+        Its log is ``place/log``.
+        """
+        spec = {"url": url, "place": str(place), "runs": runs, "blow": None if blow is None else asdict(blow)}
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None

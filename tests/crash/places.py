@@ -6,7 +6,7 @@ import itertools
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from tests.crash.invariants import check
-from tests.crash.life import Blow
+from tests.crash.life import RUNS, Blow
 from tests.crash.lives import KILLED, Lives
 from tests.crash.outside import LEDGER
 
@@ -132,7 +132,7 @@ class Stage:
         self._made: list[Place] = []
         self._new = self._prepare()
         calm = self._copy(self._new)
-        self._live(calm, works=True)
+        self._live(calm, RUNS)
         check(calm.url, calm.folder)
         self.visits = Counter(calm.visits)
 
@@ -149,7 +149,7 @@ class Stage:
     def _prepare(self) -> Place:
         place = self._places.empty()
         self._made.append(place)
-        self._live(place, works=False)
+        self._live(place)
         self._places.execute(place, LEDGER)
         return place
 
@@ -168,10 +168,10 @@ class Stage:
             raise AssertionError(place.problem(str(error))) from error
         self._places.drop(place)
 
-    def _live(self, place: Place, *, works: bool, blow: Blow | None = None) -> int:
+    def _live(self, place: Place, runs: Sequence[str] = (), blow: Blow | None = None) -> int:
         lives = self._idle.get()
         try:
-            status = lives.live(place.url, place.folder, works=works, blow=blow)
+            status = lives.live(place.url, place.folder, runs=runs, blow=blow)
         finally:
             self._idle.put(lives)
         dies = blow is not None and blow.kind in ("kill", "storm")
@@ -179,7 +179,7 @@ class Stage:
         return status
 
     def _recovered(self, place: Place) -> None:
-        self._live(place, works=False)
+        self._live(place)
         check(place.url, place.folder)
 
     # -- cases
@@ -187,7 +187,7 @@ class Stage:
     def strike(self, blow: Blow) -> None:
         """Something befalls the working application; what it leaves is recovered by the next one."""
         with self._case(self._new) as place:
-            status = self._live(place, works=True, blow=blow)
+            status = self._live(place, RUNS, blow)
             assert place.struck, f"nothing befell it: {blow} was never reached"
             assert (status == KILLED) is (blow.kind == "kill"), f"{blow} ended it with {status}"
             self._recovered(place)
@@ -195,7 +195,7 @@ class Stage:
     def death(self, blow: Blow) -> tuple[Place, Counter[str]]:
         """What a killed application leaves, and which failpoints are passed while it is recovered."""
         place = self._copy(self._new)
-        assert self._live(place, works=True, blow=blow) == KILLED, f"{blow} was never reached"
+        assert self._live(place, RUNS, blow) == KILLED, f"{blow} was never reached"
         (place.folder / "visits").unlink()
         with self._case(place) as calm:
             self._recovered(calm)
@@ -204,12 +204,12 @@ class Stage:
     def strike_again(self, left: Place, blow: Blow) -> None:
         """Something befalls the application that recovers what a killed one ``left``; a third one ends it."""
         with self._case(left) as place:
-            self._live(place, works=False, blow=blow)
+            self._live(place, blow=blow)
             self._recovered(place)
 
     def storm(self, seed: int) -> None:
         """At any moment anything, in one life after the other; then a calm one."""
         with self._case(self._new) as place:
             for life in range(LIVES_MOST):
-                self._live(place, works=life == 0, blow=Blow("storm", n=seed * LIVES_MOST + life))
+                self._live(place, () if life else RUNS, Blow("storm", n=seed * LIVES_MOST + life))
             self._recovered(place)

@@ -16,8 +16,7 @@ import random
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -122,7 +121,9 @@ def strikes(database: str, kinds: tuple[str, ...], points: Any) -> list[Strike]:
 
 
 @pytest.fixture(scope="module")
-def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Stage]]:
+def stages(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Stage]]:
     """The stage of each kind of database, made when it is first asked for."""
     made: dict[str, Stage] = {}
 
