@@ -140,6 +140,7 @@ class Coordinator(Actor):
     async def start(self) -> None:
         """Begin to deliver what is pending and to take over what is stranded."""
         if self._keeps_outbox:
+            await self._outbox.look()
             self._housekeeping.append(self._tasks.spawn(self._outbox.keep(), "outbox"))
         self._housekeeping.append(self._tasks.spawn(self._takeover.keep(self._tasks.spawn), "takeover"))
 

@@ -98,6 +98,10 @@ class Outbox:
         self._queued: set[str] = set()
         self._delivered: set[str] = set()
         self._gate = asyncio.Semaphore(DELIVERIES)
+        # Runs with events that wait in the journal alone: what such a run commits later waits behind them.
+        self._behind: set[str] = set()
+        self._left: set[str] = set()
+        self._looked = not redeliver
 
     def _crashed(self, name: str, error: BaseException) -> None:
         self._exchange.tracer.fault("spine.task.crashed", exc=error, actor="outbox", task=name)
@@ -116,48 +120,81 @@ class Outbox:
         """
         first_try: asyncio.Future[bool] = self._exchange.loop.create_future()
         new = [event for event in events if event.event_id not in self._queued]
-        if not new or len(self._queued) >= QUEUED_MOST:
-            # They are durable as pending: the next reload finds them.
+        if new and self._looked and new[0].run_id not in self._behind | self._left:
+            self._queue(_Delivery(new, first_try, cause))
+        else:
+            # They are durable as pending: the next reload finds them, and what they come after.
             first_try.set_result(not events)
-            return first_try
-        self._queued.update(event.event_id for event in new)
-        run_id = new[0].run_id
+            self._leave(new)
+        return first_try
+
+    def _queue(self, delivery: _Delivery) -> None:
+        run_id = delivery.events[0].run_id
+        if len(self._queued) >= QUEUED_MOST:
+            delivery.first_try.set_result(False)
+            self._leave(delivery.events)
+            return
+        self._queued.update(event.event_id for event in delivery.events)
         line = self._lines.get(run_id)
         if line is not None:
-            line.waiting.append(_Delivery(new, first_try, cause))
-            return first_try
-        line = self._lines[run_id] = _Line(deque([_Delivery(new, first_try, cause)]))
+            line.waiting.append(delivery)
+            return
+        line = self._lines[run_id] = _Line(deque([delivery]))
         try:
             self._tasks.spawn(self._serve(run_id, line), f"outbox {run_id}")
         except Overloaded:
             del self._lines[run_id]
-            self._queued.difference_update(event.event_id for event in new)
-            first_try.set_result(False)
-        return first_try
+            self._queued.difference_update(event.event_id for event in delivery.events)
+            delivery.first_try.set_result(False)
+            self._leave(delivery.events)
+
+    def _leave(self, events: Sequence[Event]) -> None:
+        """Remember that these wait for the next reload."""
+        if self._redeliver:
+            self._left.update(event.run_id for event in events)
 
     async def keep(self) -> None:
-        """Deliver what an earlier process left, and what did not fit; until cancelled."""
+        """Look again and again, until cancelled."""
         clock = self._exchange.clock
         while True:
-            # What is delivered while the journal is read is pending in that reading only.
-            self._delivered.clear()
-            try:
-                others = await self._source.living(clock.time_us()) - {self._instance}
-                pending = await self._source.pending_events(QUEUED_MOST)
-            except JournalError as error:
-                self._exchange.tracer.fault("spine.outbox.unreadable", exc=error)
-                pending = []
-            runs: dict[str, list[Event]] = {}
-            for body in pending:
-                if body["event_id"] not in self._delivered:
-                    runs.setdefault(body["run_id"], []).append(event_of(body))
-            for run_id, events in runs.items():
-                # In order: what somebody else must deliver holds up what comes after it.
-                ours = list(itertools.takewhile(partial(self._takes, others), events))
-                if ours and run_id not in self._lines:
-                    for event in ours:
-                        self.deliver([event])
             await clock.sleep_until(clock.monotonic() + RELOAD_S)
+            await self.look()
+
+    async def look(self) -> None:
+        """Deliver what an earlier process left, and what did not fit.
+
+        Before the first look nothing is delivered: it would overtake them.
+        """
+        # What is delivered while the journal is read is pending in that reading only.
+        self._delivered.clear()
+        # What is left from here on may be missing in it.
+        self._behind |= self._left
+        self._left.clear()
+        try:
+            others = await self._source.living(self._exchange.clock.time_us()) - {self._instance}
+            pending = await self._source.pending_events(QUEUED_MOST)
+        except JournalError as error:
+            self._exchange.tracer.fault("spine.outbox.unreadable", exc=error)
+        else:
+            self._take(pending, others)
+
+    def _take(self, pending: Sequence[Mapping[str, Any]], others: Container[str]) -> None:
+        """Queue what this Spine delivers of the ``pending`` events, and note which runs have others."""
+        runs: dict[str, list[Event]] = {}
+        for body in pending:
+            if body["event_id"] not in self._delivered:
+                runs.setdefault(body["run_id"], []).append(event_of(body))
+        for run_id, events in runs.items():
+            # In order: what somebody else must deliver holds up what comes after it.
+            ours = list(itertools.takewhile(partial(self._takes, others), events))
+            if ours and run_id not in self._lines:
+                for event in ours:
+                    self._queue(_Delivery([event], self._exchange.loop.create_future(), None))
+        self._behind = {
+            run_id for run_id, events in runs.items() if any(event.event_id not in self._queued for event in events)
+        }
+        # Where there is more than one reading holds, any run may be behind.
+        self._looked = len(pending) < QUEUED_MOST
 
     def _takes(self, others: Container[str], event: Event) -> bool:
         """Whether this Spine delivers it: no living one will, and it has the domain, or a publisher of its own."""
@@ -179,6 +216,7 @@ class Outbox:
             del self._lines[run_id]
             for delivery in line.waiting:
                 self._queued.difference_update(event.event_id for event in delivery.events)
+                self._leave(delivery.events)
                 if not delivery.first_try.done():
                     delivery.first_try.set_result(False)
 
