@@ -120,7 +120,7 @@ class Outbox:
         """
         first_try: asyncio.Future[bool] = self._exchange.loop.create_future()
         new = [event for event in events if event.event_id not in self._queued]
-        if new and self._looked and new[0].run_id not in self._behind | self._left:
+        if new and self._looked and not any(new[0].run_id in runs for runs in (self._behind, self._left)):
             self._queue(_Delivery(new, first_try, cause))
         else:
             # They are durable as pending: the next reload finds them, and what they come after.

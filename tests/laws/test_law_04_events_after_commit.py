@@ -37,12 +37,6 @@ def lives() -> Iterator[Lives]:
     found.close()
 
 
-@pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is undelivered is looked for without waiting long."""
-    monkeypatch.setattr("actors.outbox.RELOAD_S", 0.05)
-
-
 def prepared(lives: Lives, url: str, folder: Path) -> None:
     assert lives.live(url, folder) == 0
     query(url, LEDGER)
@@ -165,7 +159,7 @@ async def test_the_events_of_a_run_are_published_in_the_order_of_their_commits(d
 
 
 async def test_what_a_dead_process_left_unpublished_comes_before_what_the_next_one_commits(
-    lives: Lives, sqlite_url: str, tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch
+    lives: Lives, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next process completes the run under another key at once, while it is slow to learn what is pending."""
     prepared(lives, sqlite_url, tmp_path)
@@ -191,9 +185,10 @@ async def test_what_a_dead_process_left_unpublished_comes_before_what_the_next_o
 
 
 async def test_a_delivery_that_broke_off_comes_before_what_is_committed_later(
-    sqlite_url: str, world: World, often: None
+    sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The task that delivers is ended by an error of its own; the run's next events wait for what it left."""
+    monkeypatch.setattr("actors.outbox.RELOAD_S", 1.0)
     failed: list[str] = []
 
     async def failpoint(name: str) -> None:
