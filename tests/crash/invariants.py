@@ -1,4 +1,4 @@
-"""What must hold once nothing is in flight, however the lives before ended; read from the tables without Spine's reader."""
+"""What must hold once nothing is in flight, however the lives before ended; read without Spine's own reader."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ RUNS = tuple(f"{kind}-1" for kind in MOODS)
 TENANT = "acme"
 QUIET_S = 15.0
 STORM_STRIKES = 10
+ANY = ""
 AT_FAILPOINTS = ("kill", "raise", "cancel")
 ON_CALLS = ("timeout", "lost", "duplicate")
 STORM = ("raise", "raise", "raise", "raise", "cancel", "cancel", "kill")
@@ -37,14 +38,14 @@ STORM = ("raise", "raise", "raise", "raise", "cancel", "cancel", "kill")
 
 @dataclass(frozen=True)
 class Blow:
-    """What befalls a life, the ``n``-th time that it passes the failpoint or makes the call ``at``.
+    """What befalls a life, the ``n``-th time that it passes the failpoint, or makes the call, ``at``; or any, if empty.
 
     At a failpoint ``kill``, ``raise`` or ``cancel``; on a call ``timeout``, ``lost`` (its reply) or ``duplicate``. A
     ``storm`` does any of the former at any failpoint by chance, ``n`` its seed.
     """
 
     kind: str
-    at: str = ""
+    at: str = ANY
     n: int = 1
 
 
@@ -162,13 +163,13 @@ class Life:
 
     async def _pass(self, name: str) -> None:
         os.write(self._visits, name.encode() + b"\n")
-        self._passed[name] += 1
+        self._passed.update((name, ANY))
         blow = self._blow
         if blow.kind == "storm":
             if self._strikes < STORM_STRIKES and self._chance.random() < 0.04:
                 self._strikes += 1
                 await self._strike(self._chance.choice(STORM))
-        elif blow.kind in AT_FAILPOINTS and (name, self._passed[name]) == (blow.at, blow.n):
+        elif blow.kind in AT_FAILPOINTS and blow.at in (name, ANY) and self._passed[blow.at] == blow.n:
             await self._strike(blow.kind)
 
     async def _strike(self, kind: str) -> None:
