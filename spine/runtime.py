@@ -18,17 +18,15 @@ from spine._install import check_install
 from spine.declarations import Declarations
 from spine.domains import participants, promise_of
 from spine.explain.why import Explanation, explain
-from spine.governance.authority import AuthorityDecision, GovernanceState
+from spine.governance.authority import GovernanceState
 from spine.governance.contract import promised
 from spine.governance.operations import (
     Execute,
     OperationResult,
     RegistryStatus,
-    StartRun,
     SwitchGovernance,
     timeout_problem,
 )
-from spine.governance.transactions import CompleteRun, TransactionResult
 from spine.health import Health
 from spine.kernel.errors import NotRunning, Overloaded
 from spine.kernel.exchange import ROUTER, Exchange
@@ -42,8 +40,8 @@ from spine.kernel.watchdog import Watchdog
 from spine.lifecycle import Gauges, Lifecycle
 from spine.operating import Operating
 from spine.publisher import LogPublisher, Publisher
-from spine.reporting import Reporting
 from spine.requests import RECIPIENTS, UNANSWERED, Posted, governed
+from spine.runs import Runs
 from spine.settings import Settings, default_url
 
 # Somebody else's `actors` must be refused by name before anything of it is imported.
@@ -75,7 +73,7 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-class Spine(Declarations, Operating, Reporting):
+class Spine(Declarations, Operating, Runs):
     """One runtime authority over one database; bound to the event loop it is started on.
 
     ``domains`` take part in every run completion, ``publisher`` gets the events after it. Raises
@@ -215,45 +213,6 @@ class Spine(Declarations, Operating, Reporting):
             return await self._ask(request, timeout_s=_bounded(timeout_s), wait=wait)
         except UNANSWERED as error:
             return cast(OperationResult, governed(request, error, self._last_known()))
-
-    async def start_run(
-        self,
-        run_id: str,
-        *,
-        tenant_id: str,
-        agent_id: str | None = None,
-        expectations: Sequence[tuple[str, str, float]] = (),
-        block_unmet: bool = False,
-    ) -> AuthorityDecision:
-        """Begin a run; a denial is returned. ``expectations`` are (domain, action, deadline in seconds).
-
-        With ``block_unmet`` the run commits only when everything promised is delivered.
-        """
-        promised_here = tuple(expectations) if isinstance(expectations, Sequence) else (expectations,)
-        return await self.ask(StartRun(run_id, tenant_id, agent_id, promised_here, block_unmet))
-
-    async def complete_run(
-        self,
-        run_id: str,
-        *,
-        tenant_id: str,
-        run_status: str,
-        agent_id: str | None = None,
-        error_code: str | None = None,
-        error_message: str | None = None,
-        completion_key: str = "",
-    ) -> TransactionResult:
-        """Complete a run, every domain or none; raises ``TransactionFailed`` or ``CompletionConflict``."""
-        request = CompleteRun(
-            run_id=run_id,
-            tenant_id=tenant_id,
-            run_status=run_status,
-            agent_id=agent_id,
-            error_code=error_code,
-            error_message=error_message,
-            completion_key=completion_key,
-        )
-        return await self.ask(request)
 
     async def ask(self, request: Request[T]) -> T:
         """Send any of Spine's requests through the spine mailbox; the shims' requests are answered the same way."""
