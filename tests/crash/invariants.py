@@ -10,7 +10,7 @@ from typing import Any
 
 from spine.journal.verify import verify
 from tests.crash.life import Told
-from tests.crash.outside import MOODS, Services, kind_of
+from tests.crash.outside import Services, kind_of
 from tests.governed import SQLITE, connect
 
 ENDS = {
@@ -34,7 +34,7 @@ TELLS = {
     "retried": "tx.retried",
     "resolved": "tx.resolved",
 }
-COMMITS = {kind for kind, moods in MOODS.items() if not moods}
+COMMITS = {"commit", "twice", "ledger"}
 PARKS = {"park", "retry", "resolve"}
 BEFORE_COMMIT = ("incidents", "policies", "traces", "stock", "payment", "ledger")
 BUILT_IN = ("incidents", "policy_evaluations", "traces")

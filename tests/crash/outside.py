@@ -30,7 +30,7 @@ MOODS: Mapping[str, Mapping[tuple[str, str], str]] = {
     "guard": {("ledger", "plan"): "guard"},
     "park": {("payment", "forward"): "refuse", ("stock", "rollback"): "break"},
     "retry": {("payment", "forward"): "refuse", ("payment", "rollback"): "break"},
-    "resolve": {("ledger", "plan"): "refuse", ("stock", "rollback"): "break"},
+    "resolve": {("payment", "forward"): "break", ("stock", "rollback"): "break"},
 }
 
 
@@ -174,14 +174,17 @@ class Payment(Stock):
 
 @dataclass
 class Ledger:
-    """LOCAL, a user's own: one row in the database's table."""
+    """LOCAL, a user's own: one row in the database's table. What it refuses once it takes when it is asked again."""
 
+    world: World
     name: str = "ledger"
     after: tuple[str, ...] = ("payment",)
 
     def plan(self, run: RunFacts) -> Sequence[Write]:
         mood = MOODS[kind_of(run.run_id)].get((self.name, "plan"))
-        if mood == "refuse":
+        services = self.world.services
+        if mood == "refuse" and not any(line["run"] == run.run_id for line in services.of("refused")):
+            services.note("refused", run=run.run_id)
             raise Refused("NO", "the books are closed")
         if mood == "guard":
             return [Write("UPDATE ledger SET run_id = run_id WHERE run_id = :nobody", {"nobody": "nobody"})]
@@ -220,4 +223,4 @@ class Broker:
 
 
 def domains(world: World) -> list[object]:
-    return [Stock(world), Payment(world), Ledger(), Mail(world)]
+    return [Stock(world), Payment(world), Ledger(world), Mail(world)]
