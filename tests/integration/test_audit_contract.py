@@ -153,13 +153,13 @@ async def test_a_sweep_that_was_overtaken_between_reading_and_writing_changes_no
     intact(database_url)
 
 
-def overtake(spine: Spine, work: Callable[[], Awaitable[Any]], reading: str = "contract_rows") -> None:
-    """Let ``work`` happen after this Spine has read a run the next time, before it writes."""
+def overtake(spine: Spine, work: Callable[[], Awaitable[Any]]) -> None:
+    """Let ``work`` happen after this Spine has read a contract the next time, before it writes."""
     reader: Any = spine._system.reader
-    read = getattr(reader, reading)
+    read = reader.contract_rows
 
     async def slowly(run_id: str) -> Any:
-        setattr(reader, reading, read)
+        reader.contract_rows = read
         rows = await read(run_id)
         await work()
         return rows
@@ -559,9 +559,12 @@ async def test_a_completion_overtaken_by_a_verdict_is_planned_again(database_url
     async with running(here, there):
         await start(here, MAIL)
         await moments.advance(6)
-        overtake(here, lambda: there.reconcile("run-1"), reading="run_rows")
+        overtake(here, lambda: there.reconcile("run-1"))
         await complete(here)
-    assert [verdict["overall"] for verdict in verdicts(database_url)] == ["INCOMPLETE"]
+    assert [(verdict["overall"], verdict["due_at"] is None) for verdict in verdicts(database_url)] == [
+        ("INCOMPLETE", False),
+        ("INCOMPLETE", True),
+    ]
     assert len(journal(database_url, "tx.begun")) == len(journal(database_url, "tx.committed")) == 1
     intact(database_url)
 

@@ -250,9 +250,7 @@ def pending(url: str) -> int:
 
 
 @pytest.mark.usefixtures("brief")
-async def test_no_row_of_the_outbox_is_stranded(
-    sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_row_of_the_outbox_is_stranded(sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """MassTransit#5339: rows stayed in the outbox for ever, because nothing looked for them again.
 
     Here what did not fit in memory, what failed many times and what a dead process left is found and delivered.

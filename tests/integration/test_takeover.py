@@ -86,7 +86,13 @@ class Other:
     """Another process, and what it says."""
 
     def __init__(
-        self, processes: list[subprocess.Popen[str]], url: str, effects: Path, stands_at: str, refusing: str, lease: float
+        self,
+        processes: list[subprocess.Popen[str]],
+        url: str,
+        effects: Path,
+        stands_at: str,
+        refusing: str,
+        lease: float,
     ) -> None:
         arguments = [url, str(effects), stands_at, refusing, str(lease)]
         self.effects = effects
