@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
-from spine import Event, OperationContext, Spine, TransactionFailed
+from spine import Event, OperationContext
 from spine.kernel.clock import VirtualClock
 from tests.governed import Published, connect, intact, journal, query, running, together, until
 from tests.participants import (
@@ -34,19 +34,6 @@ from tests.participants import (
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def world() -> World:
-    return World()
-
-
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases that are over soon, and looks that follow each other quickly."""
-    monkeypatch.setattr("actors.recovery.LEASE_S", 0.1)
-    monkeypatch.setattr("actors.takeover.TICK_S", 0.02)
-    monkeypatch.setattr("actors.outbox.RELOAD_S", 0.05)
 
 
 class Pause:
@@ -250,9 +237,7 @@ def pending(url: str) -> int:
 
 
 @pytest.mark.usefixtures("brief")
-async def test_no_row_of_the_outbox_is_stranded(
-    sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_row_of_the_outbox_is_stranded(sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """MassTransit#5339: rows stayed in the outbox for ever, because nothing looked for them again.
 
     Here what did not fit in memory, what failed many times and what a dead process left is found and delivered.

@@ -104,9 +104,7 @@ class Completions(RuleBasedStateMachine):
         self.clock, self.world, self.publisher, self.book = SkippingClock(), World(), Published(), Book()
         kind = Probed if probed else Remote
         self.remotes = {
-            name: kind(
-                self.world, name, after=[UNDER[name]] if name in UNDER else [], timeout_s=TIMEOUT_S, attempts=2
-            )
+            name: kind(self.world, name, after=[UNDER[name]] if name in UNDER else [], timeout_s=TIMEOUT_S, attempts=2)
             for name in ORDER
         }
         self.mail = Sender(self.world)
@@ -267,9 +265,7 @@ class Completions(RuleBasedStateMachine):
 
     def _compare(self) -> None:
         attempts = self.reference.attempts
-        found = query(
-            self.url, "SELECT tx_id, run_id, completion_key, state FROM transactions ORDER BY seq_begun"
-        )
+        found = query(self.url, "SELECT tx_id, run_id, completion_key, state FROM transactions ORDER BY seq_begun")
         assert [row[1:] for row in found] == [(a.run, a.key, a.state) for a in attempts]
         self.ids = {n: row[0] for n, row in enumerate(found)}
         numbers = {tx_id: n for n, tx_id in self.ids.items()}
