@@ -56,7 +56,7 @@ from tests.participants import (
     well,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
 BUILT_IN = ("incidents", "policies", "traces")
 
@@ -734,7 +734,6 @@ async def test_another_payload_under_a_taken_key_is_a_conflict_that_names_both(s
     assert world.told() == ["forward pay"]
 
 
-@pytest.mark.usefixtures("often")
 async def test_many_who_complete_one_run_at_once_make_one_transaction(database_url: str, world: World) -> None:
     """Five callers on each of two Spines, while the domain takes its time: one transaction, one call, one result."""
     held = Held()
@@ -760,7 +759,6 @@ async def test_many_who_complete_one_run_at_once_make_one_transaction(database_u
     intact(database_url)
 
 
-@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("end", ["ROLLED_BACK", "PARKED"])
 async def test_many_who_complete_one_run_at_once_are_told_the_same_failure(
     sqlite_url: str, world: World, end: str
@@ -952,7 +950,6 @@ async def test_a_stop_during_a_rollback_leaves_it_to_the_next_start(sqlite_url: 
     intact(sqlite_url)
 
 
-@pytest.mark.usefixtures("often")
 async def test_a_killed_coordinator_leaves_its_transactions_to_its_next_incarnation(
     sqlite_url: str, world: World
 ) -> None:

@@ -33,7 +33,7 @@ from tests.participants import (
     well,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
 
 class Pause:

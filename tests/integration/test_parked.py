@@ -28,7 +28,7 @@ from tests.participants import (
     well,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
 
 async def parked(spine: Spine, run_id: str = "run-1", **call: Any) -> str:
@@ -46,7 +46,6 @@ def stubborn(url: str, world: World, **settings: Any) -> tuple[Spine, Remote]:
     return over(url, pay, no, **settings), pay
 
 
-@pytest.mark.usefixtures("often")
 async def test_a_rollback_that_fails_is_parked_and_visible(sqlite_url: str, world: World) -> None:
     """The error, ``why``, health and every later completion say so; nothing ends by itself, nor by a restart."""
     spine, _ = stubborn(sqlite_url, world)
@@ -87,7 +86,6 @@ async def test_a_rollback_that_fails_is_parked_and_visible(sqlite_url: str, worl
     intact(sqlite_url)
 
 
-@pytest.mark.usefixtures("often")
 async def test_what_is_parked_is_tried_again_when_an_operator_says_so(database_url: str, world: World) -> None:
     """Under a new epoch each time; parked again while it fails, undone once it works; then the run can be completed."""
     spine, pay = stubborn(database_url, world)
@@ -122,7 +120,6 @@ async def test_what_is_parked_is_tried_again_when_an_operator_says_so(database_u
     intact(database_url)
 
 
-@pytest.mark.usefixtures("often")
 async def test_what_is_parked_is_ended_by_an_operators_evidence(database_url: str, world: World) -> None:
     """No domain is asked; evidence, reason and operator are in the record and in the acknowledgement."""
     spine, _ = stubborn(database_url, world)
@@ -194,7 +191,6 @@ async def test_an_operator_is_told_what_is_wrong_with_what_it_asks(sqlite_url: s
     intact(sqlite_url)
 
 
-@pytest.mark.usefixtures("often")
 async def test_operators_who_act_at_once_have_one_winner(database_url: str, world: World) -> None:
     """Retries and resolves of one transaction from two Spines: one is recorded, the others are told."""
     spine, _ = stubborn(database_url, world)
@@ -216,7 +212,6 @@ async def test_operators_who_act_at_once_have_one_winner(database_url: str, worl
     intact(database_url)
 
 
-@pytest.mark.usefixtures("often")
 async def test_a_retry_is_carried_out_by_whichever_spine_has_the_domains(sqlite_url: str, world: World) -> None:
     """The operator's own Spine declares none and lives on: it says so, and the application undoes the effect."""
     spine, pay = stubborn(sqlite_url, world)

@@ -31,7 +31,7 @@ from tests.participants import (
     well,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
 
 async def test_what_cannot_be_undone_acts_after_the_commit_and_in_order(database_url: str, world: World) -> None:
