@@ -1,4 +1,4 @@
-"""A process that completes runs with domains outside, for the tests that kill it, freeze it or set another beside it."""
+"""A process that completes a run with domains outside, for the tests that kill it or freeze it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions with domains outside: done in order before the commit, or undone in reverse; and what acts after it."""
+"""Completions with domains outside: done in order before the commit, or undone in reverse."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC
 from functools import partial
+from itertools import pairwise
 from typing import Any
-from uuid import UUID
 
 import anyio
 import pytest
@@ -30,9 +30,8 @@ from spine import (
 from spine.domains import effect_id
 from spine.governance.completion import CompleteRun, completion_digest
 from spine.kernel.clock import VirtualClock
-from spine.kernel.errors import ConfigurationError
 from spine.settings import Retry
-from tests.governed import Published, authority_fields, intact, journal, query, running, together, until
+from tests.governed import authority_fields, intact, journal, query, running, together, until
 from tests.laws.world import kill
 from tests.participants import (
     Held,
@@ -57,28 +56,9 @@ from tests.participants import (
     well,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
 BUILT_IN = ("incidents", "policies", "traces")
-
-
-@pytest.fixture
-def world() -> World:
-    return World()
-
-
-@pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is stranded is looked for without waiting long, and a stop waits less for what does not end."""
-    monkeypatch.setattr("actors.takeover.TICK_S", 0.02)
-    monkeypatch.setattr("actors.coordinator.STOP_S", 0.3)
-
-
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch, often: None) -> None:
-    """A lease that is over soon: a Spine that was stopped in this process counts as living as long as it has one."""
-    monkeypatch.setattr("actors.recovery.LEASE_S", 0.1)
-    monkeypatch.setattr("actors.outbox.RELOAD_S", 0.05)
 
 
 class Local:
@@ -179,7 +159,7 @@ async def test_a_domain_describes_its_effect_and_knows_what_those_before_it_retu
     assert [set(run.results) for run in described] == [set(), {"pay"}, {"pay", "ship"}]
 
 
-async def test_a_local_domain_uses_what_a_domain_outside_returned(database_url: str, world: World) -> None:
+async def test_a_local_domain_uses_what_a_domain_outside_returned(sqlite_url: str, world: World) -> None:
     """``run.results`` holds it; rows of the user's table name it and join the commit."""
     table = "CREATE TABLE receipts (run_id TEXT PRIMARY KEY, payment TEXT NOT NULL)"
 
@@ -190,13 +170,13 @@ async def test_a_local_domain_uses_what_a_domain_outside_returned(database_url: 
             values = {"run": run.run_id, "payment": run.results["pay"]["id"]}
             return [Write("INSERT INTO receipts VALUES (:run, :payment)", values)]
 
-    spine = over(database_url, Receipts(), Remote(world))
+    spine = over(sqlite_url, Receipts(), Remote(world))
     async with running(spine):
-        query(database_url, table)
+        query(sqlite_url, table)
         done = await complete(spine)
     (payment,) = [result.result_id for result in done.domains if result.domain == "pay"]
-    assert query(database_url, "SELECT * FROM receipts") == [("run-1", payment)]
-    intact(database_url)
+    assert query(sqlite_url, "SELECT * FROM receipts") == [("run-1", payment)]
+    intact(sqlite_url)
 
 
 @pytest.mark.parametrize(
@@ -368,15 +348,15 @@ async def test_repeats_wait_twice_as_long_each_time_up_to_the_most(sqlite_url: s
         with pytest.raises(TransactionFailed):
             await flowing(clock, complete(spine))
     deadlines = [effect.deadline for effect in world.effects(what, "pay")]
-    gaps = [later - sooner for sooner, later in zip(deadlines, deadlines[1:], strict=False)]
+    gaps = [later - sooner for sooner, later in pairwise(deadlines)]
     assert len(gaps) == 4
     for gap, least in zip(gaps, (0.1, 0.2, 0.4, 0.5), strict=True):
         assert least <= gap <= least * 1.25 + 1e-6, gaps
 
 
-async def test_no_answer_in_time_is_tried_again_and_then_undone(database_url: str, world: World) -> None:
+async def test_no_answer_in_time_is_tried_again_and_then_undone(sqlite_url: str, world: World) -> None:
     """Each attempt is cut off at its own deadline; the error says which domain and how long."""
-    spine = over(database_url, Remote(world, forward=loses(hang), timeout_s=0.05, attempts=2))
+    spine = over(sqlite_url, Remote(world, forward=loses(hang), timeout_s=0.05, attempts=2))
     async with running(spine):
         with anyio.fail_after(10):
             error = await failure(spine)
@@ -386,7 +366,7 @@ async def test_no_answer_in_time_is_tried_again_and_then_undone(database_url: st
     assert second.deadline - first.deadline >= 0.05
     assert world.told() == ["forward pay", "forward pay", "rollback pay"]
     assert world.standing() == []
-    intact(database_url)
+    intact(sqlite_url)
 
 
 async def test_a_domain_that_will_not_be_cancelled_is_left_behind(sqlite_url: str, world: World) -> None:
@@ -596,255 +576,12 @@ async def test_what_stands_on_an_effect_that_is_not_undone_keeps_it(database_url
     intact(database_url)
 
 
-# -- parked
-
-
-async def parked(spine: Spine, run_id: str = "run-1", **call: Any) -> str:
-    """Complete a run so that it is parked; gives the transaction."""
-    error = await failure(spine, run_id, **call)
-    assert (error.phase, error.code) == ("PARKED", "PARKED"), error
-    assert error.transaction_id is not None
-    return error.transaction_id
-
-
-def stubborn(url: str, world: World, **settings: Any) -> tuple[Spine, Remote]:
-    """A Spine whose payment cannot be undone at the moment, and a second domain that makes that needed."""
-    pay = Remote(world, rollback=raises(OSError("the bank is closed")))
-    no = Remote(world, "no", after=["pay"], forward=refuses())
-    return over(url, pay, no, **settings), pay
-
-
-@pytest.mark.usefixtures("often")
-async def test_a_rollback_that_fails_is_parked_and_visible(database_url: str, world: World) -> None:
-    """The error, ``why``, the run, health and every later completion say so; nothing ends by itself, nor by a restart."""
-    spine, _ = stubborn(database_url, world)
-    async with running(spine):
-        error = await failure(spine)
-        assert (error.phase, error.code, error.failed_domain) == ("PARKED", "PARKED", "no")
-        assert "'pay'" in error.message and "spine parked" in error.message
-        states = {result.domain: result.state for result in error.domains}
-        assert (states["pay"], states["no"]) == ("PARKED", "ROLLED_BACK")
-        assert len(world.effects("rollback", "pay")) == 3
-        assert transactions(database_url) == ["PARKED"]
-        assert query(database_url, "SELECT state FROM runs") == [("parked",)]
-        why = await spine.why("run-1")
-        assert (why.verdict, why.cause.code) == ("parked", "OSError")
-        assert "pay" in why.cause.text and "the bank is closed" in why.cause.text
-        await until(lambda: spine.health().transactions["parked_now"] == 1)
-        assert spine.health().transactions["parked"] == 1
-        again = await failure(spine)
-        assert (again.phase, again.code, again.transaction_id) == ("PARKED", "PARKED", error.transaction_id)
-        (row,) = await spine._system.reader.parked()
-        assert (row.tx_id, row.domain, row.tenant_id) == (error.transaction_id, "pay", "acme")
-        assert "the bank is closed" in str(row.error)
-    assert world.standing() == ["pay"]
-    called = len(world.calls)
-    later, _ = stubborn(database_url, world)
-    async with running(later):
-        await until(lambda: later.health().transactions["parked_now"] == 1)
-        assert (await failure(later)).code == "PARKED"
-        # Another key is another completion.
-        assert (await failure(later, completion_key="other")).transaction_id != error.transaction_id
-    assert [call.effect.tx_id for call in world.calls[called:]].count(str(error.transaction_id)) == 0
-    assert acks(database_url)[:4] == [
-        ("pay", "SUCCESS"),
-        ("no", "FAILED"),
-        ("no", "ROLLED_BACK"),
-        ("orchestrator", "FAILED"),
-    ]
-    intact(database_url)
-
-
-@pytest.mark.usefixtures("often")
-async def test_what_is_parked_is_tried_again_when_an_operator_says_so(database_url: str, world: World) -> None:
-    """Under a new epoch each time; parked again while it fails, undone once it works; then the run can be completed."""
-    spine, pay = stubborn(database_url, world)
-    async with running(spine):
-        tx_id = await parked(spine)
-        for round_ in (1, 2):
-            told = await spine.retry(tx_id, reason="the bank opened", actor="op")
-            assert (told["tx_id"], told["run_id"], told["state"]) == (tx_id, "run-1", "COMPENSATING")
-            await until(lambda: transactions(database_url) == ["PARKED"])
-            assert len(world.effects("rollback", "pay")) == 3 + 3 * round_
-        pay.rollbacks = well
-        await spine.retry(tx_id, reason="now it has", actor="op")
-        await until(lambda: transactions(database_url) == ["ABORTED"])
-        why = await spine.why("run-1")
-        assert (why.verdict, why.cause.code) == ("rolled_back", "NO_FUNDS")
-        with pytest.raises(ConfigurationError, match="ABORTED, not PARKED"):
-            await spine.retry(tx_id, reason="once more", actor="op")
-        spine._participants[-1].forwards = well  # type: ignore[union-attr]
-        assert (await complete(spine)).is_complete
-    epochs = [effect.epoch for effect in world.effects("rollback", "pay")]
-    assert epochs == sorted(epochs)
-    assert len(set(epochs)) == 4
-    retried = journal(database_url, "tx.retried")
-    assert [(body["reason"], body["actor"]) for body in retried] == [
-        ("the bank opened", "op"),
-        ("the bank opened", "op"),
-        ("now it has", "op"),
-    ]
-    assert acks(database_url, "pay")[:2] == [("pay", "SUCCESS"), ("pay", "ROLLED_BACK")]
-    assert transactions(database_url) == ["ABORTED", "COMMITTED"]
-    assert world.standing() == ["no", "pay"]
-    intact(database_url)
-
-
-@pytest.mark.usefixtures("often")
-async def test_what_is_parked_is_ended_by_an_operators_evidence(database_url: str, world: World) -> None:
-    """No domain is asked; evidence, reason and operator are in the record and in the acknowledgement."""
-    spine, _ = stubborn(database_url, world)
-    async with running(spine):
-        tx_id = await parked(spine)
-        called = len(world.calls)
-        told = await spine.resolve(tx_id, evidence="refund 77 at the counter", reason="bank down", actor="op")
-        assert (told["tx_id"], told["state"]) == (tx_id, "ABORTED_MANUAL")
-        why = await spine.why("run-1")
-        assert why.verdict == "rolled_back"
-        assert why.transaction is not None and why.transaction["state"] == "ABORTED_MANUAL"
-        for again in (
-            partial(spine.resolve, tx_id, evidence="e", reason="r", actor="op"),
-            partial(spine.retry, tx_id, reason="r", actor="op"),
-        ):
-            with pytest.raises(ConfigurationError, match="ABORTED_MANUAL, not PARKED"):
-                await again()
-        assert len(world.calls) == called
-        spine._participants[-1].forwards = well  # type: ignore[union-attr]
-        assert (await complete(spine)).is_complete
-    (resolved,) = journal(database_url, "tx.resolved")
-    assert (resolved["evidence"], resolved["reason"], resolved["actor"]) == (
-        "refund 77 at the counter",
-        "bank down",
-        "op",
-    )
-    (ack,) = [
-        body for body in journal(database_url, "ack") if (body["domain"], body["status"]) == ("pay", "ROLLED_BACK")
-    ]
-    assert "refund 77 at the counter" in ack["reason"] and "op" in ack["reason"]
-    assert transactions(database_url) == ["ABORTED_MANUAL", "COMMITTED"]
-    second = journal(database_url, "tx.begun")[1]
-    assert (second["attempt"], second["previous"]) == (2, tx_id)
-    intact(database_url)
-
-
-BAD_TEXTS: list[Any] = ["", "   ", None, 5, b"x", ["x"], "x" * 4_001, "a\x00b", "\ud800"]
-
-
-async def test_an_operator_is_told_what_is_wrong_with_what_it_asks(sqlite_url: str, world: World) -> None:
-    """Whatever is given: a ConfigurationError that names the field, and the journal does not move."""
-    spine, pay = stubborn(sqlite_url, world)
-    async with running(spine):
-        tx_id = await parked(spine)
-        pay.rollbacks, spine._participants[-1].forwards = well, well  # type: ignore[union-attr]
-        committed = await complete(spine, "run-2")
-        before = journal(sqlite_url)
-        for value in BAD_TEXTS:
-            for field in ("evidence", "reason", "actor"):
-                given = {"evidence": "e", "reason": "r", "actor": "op", field: value}
-                with pytest.raises(ConfigurationError, match=field):
-                    await spine.resolve(tx_id, **given)
-                if field != "evidence":
-                    del given["evidence"]
-                    with pytest.raises(ConfigurationError, match=field):
-                        await spine.retry(tx_id, **given)
-        for unknown in [*BAD_TEXTS, "nobody", "%", tx_id[:8], tx_id.upper() + "x", str(UUID(int=0)), {}]:
-            with pytest.raises(ConfigurationError, match="transaction"):
-                await spine.resolve(unknown, evidence="e", reason="r", actor="op")
-            with pytest.raises(ConfigurationError, match="transaction"):
-                await spine.retry(unknown, reason="r", actor="op")
-        with pytest.raises(ConfigurationError, match="COMMITTED, not PARKED"):
-            await spine.resolve(str(committed.transaction_id), evidence="e", reason="r", actor="op")
-        assert journal(sqlite_url) == before
-        await spine.resolve(tx_id, evidence="e\n\x1b[31m\u202e" + "x" * 3_900, reason="r" * 4_000, actor="op")
-    (resolved,) = journal(sqlite_url, "tx.resolved")
-    assert resolved["evidence"].endswith("x" * 3_900)
-    assert resolved["reason"] == "r" * 4_000
-    intact(sqlite_url)
-
-
-@pytest.mark.usefixtures("often")
-async def test_operators_who_act_at_once_have_one_winner(database_url: str, world: World) -> None:
-    """Retries and resolves of one transaction from two Spines: one is recorded, the others are told."""
-    spine, _ = stubborn(database_url, world)
-    other = over(database_url)
-    ends: list[str] = []
-
-    async def act(work: Any) -> None:
-        try:
-            ends.append((await work())["state"])
-        except ConfigurationError as error:
-            assert "moved on" in str(error) or "not PARKED" in str(error)
-            ends.append("told")
-
-    async with running(spine, other):
-        tx_id = await parked(spine)
-        resolve = {"evidence": "e", "reason": "r", "actor": "op"}
-        await together(*[partial(act, partial(one.resolve, tx_id, **resolve)) for one in (spine, other)] * 3)
-    assert sorted(ends) == ["ABORTED_MANUAL", *["told"] * 5]
-    assert len(journal(database_url, "tx.resolved")) == 1
-    intact(database_url)
-
-
-@pytest.mark.usefixtures("often")
-async def test_a_retry_is_carried_out_by_whichever_spine_has_the_domains(sqlite_url: str, world: World) -> None:
-    """The operator's own Spine declares none and lives on: it says so, and the application undoes the effect."""
-    spine, pay = stubborn(sqlite_url, world)
-    console = over(sqlite_url)
-    async with running(spine, console):
-        tx_id = await parked(spine)
-        pay.rollbacks = well
-        await console.retry(tx_id, reason="try again", actor="op")
-        await until(lambda: transactions(sqlite_url) == ["ABORTED"], within_s=5)
-    assert world.standing() == []
-
-
-async def test_a_domain_may_refuse_completions_while_one_of_its_rollbacks_is_parked(
-    sqlite_url: str, world: World
-) -> None:
-    """DOMAIN_PARKED before anything happened, on the record; another domain's parked rollback does not matter."""
-    spine, pay = stubborn(sqlite_url, world)
-    pay.refuse_when_parked = True  # type: ignore[attr-defined]
-    async with running(spine):
-        tx_id = await parked(spine)
-        called = len(world.calls)
-        error = await failure(spine, "run-2")
-        assert (error.code, error.failed_domain, error.phase) == ("DOMAIN_PARKED", "pay", "NOT_STARTED")
-        assert len(world.calls) == called
-        assert transactions(sqlite_url, "run-2") == []
-        (refused,) = journal(sqlite_url, "tx.refused")
-        assert (refused["run_id"], refused["code"]) == ("run-2", "DOMAIN_PARKED")
-        assert (await spine.why("run-2")).verdict == "pending"
-        await spine.resolve(tx_id, evidence="e", reason="r", actor="op")
-        assert (await failure(spine, "run-2")).code == "PARKED"
-    intact(sqlite_url)
-    elsewhere = over(sqlite_url, Remote(world, "else", refuse_when_parked=True))
-    async with running(elsewhere):
-        assert (await complete(elsewhere, "run-3")).is_complete
-
-
-async def test_a_rollback_is_not_repeated_when_the_domain_says_it_is_done(sqlite_url: str, world: World) -> None:
-    """``status`` tells that a parked rollback took effect after all: nothing is called, the step is undone."""
-    pay = Probed(world, rollback=loses(raises(OSError("the reply was lost"))))
-    spine = over(sqlite_url, pay, Remote(world, "no", after=["pay"], forward=refuses()))
-    async with running(spine):
-        tx_id = await parked(spine)
-        assert world.standing() == []
-        calls = len(world.effects("rollback", "pay"))
-        await spine.retry(tx_id, reason="look again", actor="op")
-        await until(lambda: transactions(sqlite_url) == ["ABORTED"])
-    assert len(world.effects("rollback", "pay")) == calls == 3
-    assert len(world.effects("status", "pay")) == 1
-    intact(sqlite_url)
-
-
 # -- before anything happens
 
 
-async def test_a_domain_that_cannot_be_undone_is_refused_before_anything_happens(
-    database_url: str, world: World
-) -> None:
-    """RollbackNotSupportedError names it and the way out; no domain is called, no transaction begins, it is recorded."""
-    spine = over(database_url, Remote(world), Irreversible(world))
+async def test_a_domain_that_cannot_be_undone_is_refused_before_anything_happens(sqlite_url: str, world: World) -> None:
+    """RollbackNotSupportedError names it and the way out: nobody is called, nothing begins, and it is recorded."""
+    spine = over(sqlite_url, Remote(world), Irreversible(world))
     async with running(spine):
         for run_id in ("run-1", "run-2"):
             with pytest.raises(RollbackNotSupportedError, match=r"'mail' has no rollback.*POST"):
@@ -854,18 +591,18 @@ async def test_a_domain_that_cannot_be_undone_is_refused_before_anything_happens
             await complete(spine, "run-3")
         assert (await spine.why("run-3")).verdict == "pending"
     assert world.calls == []
-    assert query(database_url, "SELECT count(*) FROM transactions") == [(0,)]
-    assert query(database_url, "SELECT run_id, state FROM runs ORDER BY run_id") == [
+    assert query(sqlite_url, "SELECT count(*) FROM transactions") == [(0,)]
+    assert query(sqlite_url, "SELECT run_id, state FROM runs ORDER BY run_id") == [
         ("run-1", "open"),
         ("run-2", "open"),
         ("run-3", "open"),
     ]
-    refused = journal(database_url, "tx.refused")
+    refused = journal(sqlite_url, "tx.refused")
     assert [(body["run_id"], body["code"]) for body in refused] == [
         (run_id, "ROLLBACK_NOT_SUPPORTED") for run_id in ("run-1", "run-2", "run-3")
     ]
-    intact(database_url)
-    mended = over(database_url, Remote(world))
+    intact(sqlite_url)
+    mended = over(sqlite_url, Remote(world))
     async with running(mended):
         assert (await complete(mended)).is_complete
 
@@ -955,11 +692,9 @@ async def test_the_result_fills_the_fields_that_workers_know(sqlite_url: str, wo
     assert (body["incident"]["domain"], body["policy"]["domain"], body["trace"]["domain"]) == BUILT_IN
 
 
-async def test_the_same_completion_again_gives_the_stored_result_and_asks_nobody(
-    database_url: str, world: World
-) -> None:
+async def test_the_same_completion_again_gives_the_stored_result_and_asks_nobody(sqlite_url: str, world: World) -> None:
     """Now, and from the next process."""
-    spine, other = (over(database_url, Remote(world), Sender(world)) for _ in range(2))
+    spine, other = (over(sqlite_url, Remote(world), Sender(world)) for _ in range(2))
     async with running(spine):
         first = await complete(spine)
         again = await complete(spine)
@@ -999,7 +734,6 @@ async def test_another_payload_under_a_taken_key_is_a_conflict_that_names_both(s
     assert world.told() == ["forward pay"]
 
 
-@pytest.mark.usefixtures("often")
 async def test_many_who_complete_one_run_at_once_make_one_transaction(database_url: str, world: World) -> None:
     """Five callers on each of two Spines, while the domain takes its time: one transaction, one call, one result."""
     held = Held()
@@ -1025,7 +759,6 @@ async def test_many_who_complete_one_run_at_once_make_one_transaction(database_u
     intact(database_url)
 
 
-@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("end", ["ROLLED_BACK", "PARKED"])
 async def test_many_who_complete_one_run_at_once_are_told_the_same_failure(
     sqlite_url: str, world: World, end: str
@@ -1084,8 +817,7 @@ async def test_a_hundred_completions_at_once_each_end_their_own_way(database_url
         try:
             ended[number] = (await complete(spine, str(number))).phase.value
         except TransactionFailed as error:
-            assert str(number) in str(error)
-            ended[number] = str(error.code)
+            ended[number] = str(error.code) if str(number) in str(error) else str(error)
 
     async with running(spine):
         with anyio.fail_after(40):
@@ -1150,7 +882,7 @@ async def test_a_completion_goes_on_when_its_caller_has_waited_long_enough(sqlit
 
 
 @pytest.mark.parametrize("applied", [True, False])
-async def test_a_stop_gives_a_call_under_way_up_and_undoes_it(database_url: str, world: World, applied: bool) -> None:
+async def test_a_stop_gives_a_call_under_way_up_and_undoes_it(sqlite_url: str, world: World, applied: bool) -> None:
     """Within the stop the effect is UNKNOWN, undone and recorded; the caller is told; the next start finds no work."""
     reached = asyncio.Event()
 
@@ -1160,7 +892,7 @@ async def test_a_stop_gives_a_call_under_way_up_and_undoes_it(database_url: str,
         reached.set()
         await hang(do)
 
-    spine = over(database_url, Remote(world), Remote(world, "ship", after=["pay"], forward=forward), drain_s=0.05)
+    spine = over(sqlite_url, Remote(world), Remote(world, "ship", after=["pay"], forward=forward), drain_s=0.05)
     async with running(spine):
         caller = asyncio.create_task(complete(spine))
         await reached.wait()
@@ -1168,25 +900,23 @@ async def test_a_stop_gives_a_call_under_way_up_and_undoes_it(database_url: str,
         with pytest.raises(TransactionFailed) as raised:
             await caller
     assert [receipt.end for receipt in receipts] == ["clean"] * 4
-    assert (raised.value.code, raised.value.failed_domain) == ("CANCELLED", "ship")
-    assert transactions(database_url) == ["ABORTED"]
-    assert moves(database_url)[-7:] == [
+    assert (raised.value.code, raised.value.failed_domain) == ("INTERRUPTED", "ship")
+    assert transactions(sqlite_url) == ["ABORTED"]
+    assert moves(sqlite_url)[-7:] == [
         "unknown ship", "aborting", "undo ship", "undone ship", "undo pay", "undone pay", "aborted"
     ]  # fmt: skip
     assert world.standing() == []
-    later = over(database_url, Remote(world), Remote(world, "ship", after=["pay"]))
+    later = over(sqlite_url, Remote(world), Remote(world, "ship", after=["pay"]))
     async with running(later):
         done = await complete(later)
     assert done.is_complete
-    assert transactions(database_url) == ["ABORTED", "COMMITTED"]
-    intact(database_url)
+    assert transactions(sqlite_url) == ["ABORTED", "COMMITTED"]
+    intact(sqlite_url)
 
 
 @pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "fails"])
-async def test_a_stop_during_a_rollback_leaves_it_to_the_next_start(
-    database_url: str, world: World, hangs: bool
-) -> None:
+async def test_a_stop_during_a_rollback_leaves_it_to_the_next_start(sqlite_url: str, world: World, hangs: bool) -> None:
     """The stop does not wait for ever, nor does it park what only lacked time: the next Spine goes on and ends it."""
     reached = asyncio.Event()
 
@@ -1198,7 +928,7 @@ async def test_a_stop_during_a_rollback_leaves_it_to_the_next_start(
 
     slow = Retry(attempts=100, first_s=0.02, most_s=0.02)
     no = Remote(world, "no", after=["pay"], forward=refuses())
-    spine = over(database_url, Remote(world, rollback=rollback), no, drain_s=0.05, retry=slow)
+    spine = over(sqlite_url, Remote(world, rollback=rollback), no, drain_s=0.05, retry=slow)
     async with running(spine):
         caller = asyncio.create_task(complete(spine))
         await reached.wait()
@@ -1208,21 +938,20 @@ async def test_a_stop_during_a_rollback_leaves_it_to_the_next_start(
             await caller
     if isinstance(raised.value, TransactionFailed):
         assert raised.value.code in ("IN_FLIGHT", "INTERRUPTED", "JOURNAL_UNAVAILABLE")
-    assert transactions(database_url) == ["COMPENSATING"]
-    assert steps(database_url) == {"pay": "RB_INTENT", "no": "ROLLED_BACK"}
-    later = over(database_url, Remote(world), Remote(world, "no", after=["pay"], forward=refuses()))
+    assert transactions(sqlite_url) == ["COMPENSATING"]
+    assert steps(sqlite_url) == {"pay": "RB_INTENT", "no": "ROLLED_BACK"}
+    later = over(sqlite_url, Remote(world), Remote(world, "no", after=["pay"], forward=refuses()))
     async with running(later):
-        await until(lambda: transactions(database_url) == ["ABORTED"])
+        await until(lambda: transactions(sqlite_url) == ["ABORTED"])
         await until(lambda: later.health().transactions["recovered"] == 1)
     assert world.standing() == []
     assert world.effects("rollback", "pay")[-1].epoch == 2
-    assert [move for move in moves(database_url) if move.startswith(("claimed", "aborted"))] == ["claimed", "aborted"]
-    intact(database_url)
+    assert [move for move in moves(sqlite_url) if move.startswith(("claimed", "aborted"))] == ["claimed", "aborted"]
+    intact(sqlite_url)
 
 
-@pytest.mark.usefixtures("often")
 async def test_a_killed_coordinator_leaves_its_transactions_to_its_next_incarnation(
-    database_url: str, world: World
+    sqlite_url: str, world: World
 ) -> None:
     """Killed while one rollback and one forward are under way: both end, each once, and new work is taken."""
     stuck = Held()
@@ -1243,7 +972,7 @@ async def test_a_killed_coordinator_leaves_its_transactions_to_its_next_incarnat
         return do()
 
     no = Remote(world, "no", after=["pay"], forward=refuses())
-    spine = over(database_url, Remote(world, forward=forward, rollback=rollback), no)
+    spine = over(sqlite_url, Remote(world, forward=forward, rollback=rollback), no)
     ends: dict[str, BaseException | None] = {}
 
     async def one(run_id: str) -> None:
@@ -1259,160 +988,16 @@ async def test_a_killed_coordinator_leaves_its_transactions_to_its_next_incarnat
         await until(lambda: reached)
         await kill(spine, "coordinator")
         await until(lambda: set(ends) == {"back", "forward"})
-        await until(lambda: not query(database_url, "SELECT 1 FROM transactions WHERE state <> 'ABORTED'"))
+        await until(lambda: not query(sqlite_url, "SELECT 1 FROM transactions WHERE state <> 'ABORTED'"))
         assert spine.health().ok
         no.forwards = well
         for run_id in ("back", "forward", "new"):
             assert (await complete(spine, run_id)).is_complete
     assert world.standing() == ["no"] * 3 + ["pay"] * 3
-    assert transactions(database_url, "back") == transactions(database_url, "forward") == ["ABORTED", "COMMITTED"]
-    claimed = [body["run_id"] for body in journal(database_url, "tx.claimed")]
+    assert transactions(sqlite_url, "back") == transactions(sqlite_url, "forward") == ["ABORTED", "COMMITTED"]
+    claimed = [body["run_id"] for body in journal(sqlite_url, "tx.claimed")]
     assert claimed == ["back"]
-    intact(database_url)
-
-
-# -- after the commit
-
-
-async def test_what_cannot_be_undone_acts_after_the_commit_and_in_order(database_url: str, world: World) -> None:
-    """Each POST domain is called once the commit can be read, after the run's event, in the order of the plan."""
-    seen: list[tuple[str, list[str]]] = []
-    publisher = Published()
-
-    class Watching(Sender):
-        async def post(self, effect: Any) -> None:
-            seen.append((self.name, transactions(database_url)))
-            assert [event.type for event in publisher.events] == ["run.completed"]
-            await super().post(effect)
-
-    mail, bell = Watching(world, "mail", after=["pay"], action="send_mail"), Watching(world, "bell", after=["mail"])
-    spine = over(database_url, bell, mail, Remote(world), publisher=publisher)
-    async with running(spine):
-        done = await complete(spine)
-        await until(lambda: len(seen) == 2)
-        await until(lambda: len(acks(database_url, "mail", "bell")) == 2)
-        why = await spine.why("run-1")
-    assert seen == [("mail", ["COMMITTED"]), ("bell", ["COMMITTED"])]
-    assert done.transaction_id is not None
-    (effect,) = world.effects("post", "mail")
-    assert (effect.id, effect.tx_id, effect.attempt) == (effect_id(done.transaction_id, "mail"), done.transaction_id, 1)
-    assert [result.domain for result in done.domains] == [*BUILT_IN, "pay"]
-    assert done.events_published == ["run.completed"]
-    assert acks(database_url, "mail", "bell") == [("mail", "SUCCESS"), ("bell", "SUCCESS")]
-    assert [body["action"] for body in journal(database_url, "ack") if body["domain"] == "mail"] == ["send_mail"]
-    assert (why.verdict, why.contract["overall"] if why.contract else None) == ("succeeded", "COMPLETE")
-    assert [event["published"] for event in why.events] == [True] * 3
-    intact(database_url)
-
-
-async def test_nothing_acts_after_a_commit_that_never_came(sqlite_url: str, world: World) -> None:
-    """An aborted completion posts nothing, nor does one that is parked."""
-    spine = over(sqlite_url, Remote(world, forward=refuses(), rollback=raises(OSError())), Sender(world, after=["pay"]))
-    async with running(spine):
-        await failure(spine)
-    later = over(sqlite_url, Sender(world))
-    async with running(later):
-        assert (await complete(later, "run-2")).is_complete
-        await until(lambda: world.effects("post", "mail"))
-    assert {effect.run_id for effect in world.effects("post", "mail")} == {"run-2"}
-    assert {body["run_id"] for body in journal(sqlite_url, "event")} == {"run-2"}
-
-
-async def test_a_post_is_tried_until_it_succeeds_under_the_same_id(sqlite_url: str, world: World) -> None:
-    """Errors, a refusal and a lost reply alike; the completion's caller waits for none of it; others are not delayed."""
-    behaviour = then(raises(ConnectionError("away")), refuses(), loses(raises(OSError("lost"))), well)
-
-    async def post(do: Any) -> Any:
-        return await (behaviour if world.calls[-1].effect.run_id == "run-1" else well)(do)
-
-    spine = over(sqlite_url, Sender(world, post=post))
-    async with running(spine):
-        done = await complete(spine)
-        assert done.is_complete
-        assert (await complete(spine, "run-2")).is_complete
-        await until(lambda: acks(sqlite_url, "mail").count(("mail", "SUCCESS")) == 2)
-        assert spine.health().transactions["events_failed"] == 3
-    tried = [effect for effect in world.effects("post", "mail") if effect.run_id == "run-1"]
-    assert [effect.attempt for effect in tried] == [1, 2, 3, 4]
-    assert len({effect.id for effect in tried}) == 1
-    published = [body for body in journal(sqlite_url, "event.published") if body["event_ids"] == [tried[0].id]]
-    assert [body["attempts"] for body in published] == [4]
     intact(sqlite_url)
-
-
-async def test_a_post_that_does_not_answer_is_cut_off_and_tried_again(sqlite_url: str, world: World) -> None:
-    """Its deadline is the domain's own ``timeout_s``."""
-    spine = over(sqlite_url, Sender(world, post=then(hang, well), timeout_s=0.05))
-    async with running(spine):
-        await complete(spine)
-        await until(lambda: acks(sqlite_url, "mail"))
-    first, second = world.effects("post", "mail")
-    assert (first.attempt, second.attempt) == (1, 2)
-    assert second.deadline - first.deadline >= 0.05
-
-
-async def test_a_post_that_will_not_be_cancelled_holds_up_nothing_else(sqlite_url: str, world: World) -> None:
-    """It is left behind like any other domain's call; its run's next try and other runs go on."""
-    let_go = asyncio.Event()
-
-    async def stuck(do: Any) -> Any:
-        while not let_go.is_set():
-            with suppress(asyncio.CancelledError):
-                await let_go.wait()
-
-    spine = over(sqlite_url, Sender(world, post=then(stuck, well), timeout_s=0.05))
-    async with running(spine):
-        await complete(spine)
-        try:
-            await until(lambda: acks(sqlite_url, "mail"), within_s=5)
-        finally:
-            let_go.set()
-
-
-@pytest.mark.usefixtures("brief")
-@pytest.mark.parametrize("named", [True, False], ids=["publisher", "default publisher"])
-async def test_a_post_that_is_pending_survives_a_restart(database_url: str, world: World, named: bool) -> None:
-    """Failing until the stop, it is delivered by the next Spine that declares the domain, under the same id."""
-    publisher = Published(failures=1_000)
-
-    def spine_with(post: Any) -> Spine:
-        if named:
-            return over(database_url, Sender(world, post=post), publisher=publisher, drain_s=0.05)
-        return Spine(database_url, domains=[Sender(world, post=post)])
-
-    first = spine_with(raises(ConnectionError("away")))
-    async with running(first):
-        if not named:
-            # As when the process dies between its commit and its first publication.
-            first._system.supervisor._children["coordinator"].actor._outbox.deliver = lambda *_: asyncio.Future()  # type: ignore[union-attr]
-        with anyio.move_on_after(0.5 if not named else 10):
-            assert (await complete(first)).phase == "COMMITTED"
-    assert acks(database_url, "mail") == []
-    publisher.failures = 0
-    other = over(database_url)
-    async with running(other):
-        # One that does not know the domain leaves it alone.
-        assert (await complete(other, "run-2")).is_complete
-    assert acks(database_url, "mail") == []
-    second = spine_with(well)
-    async with running(second):
-        await until(lambda: acks(database_url, "mail") == [("mail", "SUCCESS")])
-    assert len({effect.id for effect in world.effects("post", "mail")}) == 1
-    assert query(database_url, "SELECT count(*) FROM outbox WHERE state = 'pending'") == [(0,)]
-    intact(database_url)
-
-
-async def test_a_post_that_is_stuck_is_counted(sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Health tells of it after some tries, and no more once it is through."""
-    monkeypatch.setattr("actors.outbox.backoff", lambda *_, **__: 0.001)
-    away = raises(ConnectionError("away"))
-    spine = over(sqlite_url, Sender(world, post=away))
-    async with running(spine):
-        await complete(spine)
-        await until(lambda: spine.health().transactions["events_stuck"] == 1)
-        spine._participants[-1].posts = well  # type: ignore[union-attr]
-        await until(lambda: acks(sqlite_url, "mail"))
-        assert spine.health().transactions["events_stuck"] == 0
 
 
 # -- switches of the process
@@ -1451,7 +1036,7 @@ asyncio.run(main())
 def test_a_process_may_be_told_to_leave_out_a_part(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch, switch: str, said: list[str], found: list[str]
 ) -> None:
-    """Without the rollback audit nothing else changes; without the coordinator completions are refused on the record."""
+    """Without the rollback audit nothing else changes; without the coordinator a completion is refused, recorded."""
     monkeypatch.setenv(switch, "false")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SWITCHED, sqlite_url],

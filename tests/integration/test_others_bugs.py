@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
-from spine import Event, OperationContext, Spine, TransactionFailed
+from spine import Event, OperationContext
 from spine.kernel.clock import VirtualClock
 from tests.governed import Published, connect, intact, journal, query, running, together, until
 from tests.participants import (
@@ -33,20 +33,7 @@ from tests.participants import (
     well,
 )
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def world() -> World:
-    return World()
-
-
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases that are over soon, and looks that follow each other quickly."""
-    monkeypatch.setattr("actors.recovery.LEASE_S", 0.1)
-    monkeypatch.setattr("actors.takeover.TICK_S", 0.02)
-    monkeypatch.setattr("actors.outbox.RELOAD_S", 0.05)
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
 
 class Pause:

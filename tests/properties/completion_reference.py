@@ -1,4 +1,4 @@
-"""What completions with domains outside must come to, in a few lines: no journal, no time, one thing after the other."""
+"""What completions with domains outside must come to, in a few lines: no journal, no time, no second thread."""
 
 from __future__ import annotations
 
