@@ -102,10 +102,10 @@ def conflict(request: CompleteRun, prior: TransactionRow, digest: str) -> Comple
 
 
 def unavailable(request: CompleteRun, detail: str) -> TransactionFailed:
-    """The error of a completion whose record is not taken."""
+    """The error of a completion whose record is not taken, or not known to be."""
     return TransactionFailed(
-        f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free "
-        "its storage and complete the run again",
+        f"the completion of run {request.run_id!r} is not confirmed: {detail}; free the journal's storage and complete "
+        "the run again, which gives what stands",
         TransactionPhase.FAILED,
         code="JOURNAL_UNAVAILABLE",
     )

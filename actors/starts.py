@@ -8,7 +8,7 @@ from spine.governance.authority import AuthorityDecision, GovernanceMode, Govern
 from spine.governance.contract import Expectation
 from spine.governance.operations import StartRun
 from spine.governance.params import id_problem
-from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch
+from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch, StorageFailed
 from spine.kernel.errors import JournalError
 from spine.kernel.messages import Envelope
 
@@ -80,7 +80,7 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
                     case GuardFailed():
                         continue
                     case _:
-                        return _unrecorded(run_id, outcome.error)
+                        return _unrecorded(run_id, outcome)
             finally:
                 runs.abandoned(run_id)
         if tenant != request.tenant_id:
@@ -88,7 +88,7 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
             return await _refuse(dependencies, envelope, request, AuthorityDecision.deny(reason, "TENANT_MISMATCH"))
         return await _started_with(dependencies, run_id)
     except JournalError as error:
-        return _unrecorded(run_id, str(error))
+        return _unrecorded(run_id, StorageFailed(str(error)))
 
 
 async def _started_with(dependencies: Dependencies, run_id: str) -> AuthorityDecision:
@@ -142,14 +142,15 @@ async def _deny(
         await dependencies.switch.follow(outcome)
         return None
     dependencies.counts.denied += 1
-    return decision if isinstance(outcome, Committed) else _unrecorded(str(stored["run_id"]), repr(outcome))
+    if isinstance(outcome, Committed):
+        return decision
+    failed = outcome if isinstance(outcome, StorageFailed) else StorageFailed(repr(outcome))
+    return _unrecorded(str(stored["run_id"]), failed)
 
 
-def _unrecorded(run_id: str, detail: str) -> AuthorityDecision:
-    return AuthorityDecision.deny(
-        f"the start of run {run_id!r} could not be recorded: {detail}; free the journal's storage and ask again",
-        "JOURNAL_UNAVAILABLE",
-    )
+def _unrecorded(run_id: str, failed: StorageFailed) -> AuthorityDecision:
+    told = failed.told(f"the start of run {run_id!r}")
+    return AuthorityDecision.deny(f"{told}; free the journal's storage and ask again", "JOURNAL_UNAVAILABLE")
 
 
 def _problem(request: StartRun) -> str | None:

@@ -121,9 +121,8 @@ class Switch:
                     if self.state.epoch <= before.epoch:
                         raise JournalUnavailable("the governance state cannot be read: nothing was switched, ask again")
                 case _:
-                    raise JournalUnavailable(
-                        f"the switch to {request.mode.value!r} was not recorded and does not act: {outcome.error}"
-                    )
+                    acts = "look at the state before switching again" if outcome.unknown else "it does not act"
+                    raise JournalUnavailable(f"{outcome.told(f'the switch to {request.mode.value!r}')}; {acts}")
         self._changed(before, after)
         if before.mode is not GovernanceMode.BYPASSED:
             return after
