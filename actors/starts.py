@@ -44,6 +44,25 @@ def implicit_start(
 
 async def start_run(dependencies: Dependencies, envelope: Envelope, request: StartRun) -> AuthorityDecision:
     """Decide on a start and have it recorded; a run that exists already gives the decision it started with."""
+    decision = await _decide(dependencies, envelope, request)
+    tracer = envelope.exchange.tracer
+    if tracer.decisions:
+        state = dependencies.switch.state.effective(envelope.exchange.clock.time_us())
+        tracer.decision(
+            "spine.decision",
+            actor="registry",
+            **tracer.identity(envelope),
+            tenant_id=None if id_problem("tenant_id", request.tenant_id) else request.tenant_id,
+            operation="run.start",
+            allowed=decision.allowed,
+            code=decision.code,
+            reason=decision.reason,
+            **records.flat_text(decision, state),
+        )
+    return decision
+
+
+async def _decide(dependencies: Dependencies, envelope: Envelope, request: StartRun) -> AuthorityDecision:
     problem = _problem(request)
     if problem is not None:
         return await _refuse(dependencies, envelope, request, AuthorityDecision.deny(problem, "INVALID_PARAMS"))
