@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import anyio
-
 from actors.recorder import Recorder
 from actors.records import ack
 from spine.effects import Effect, Post, timeout_of
@@ -235,7 +233,7 @@ class Outbox:
             if event.type.startswith(POST):
                 await self._post(event, attempt)
             else:
-                with anyio.fail_after(PUBLISH_S):
+                with self._exchange.deadlines.limit(PUBLISH_S):
                     await self._publisher.publish(event)
         except asyncio.CancelledError:
             raise
@@ -258,7 +256,7 @@ class Outbox:
             deadline,
             event.payload["descriptor"],
         )
-        with anyio.fail_after(seconds):
+        with self._exchange.deadlines.limit(seconds):
             await domain.post(effect)
 
     def _ack(self, event: Event) -> Record:
