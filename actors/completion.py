@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from actors.records import recordable, text
-from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, effect_id
+from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of
 from spine.governance.transactions import (
     CompleteRun,
     DomainClass,
@@ -20,6 +20,7 @@ from spine.governance.transactions import (
 )
 from spine.governance.units import Record, Write
 from spine.kernel.errors import ConfigurationError, SpineError, describe
+from spine.kernel.ids import named
 
 
 @dataclass(slots=True)
@@ -139,8 +140,8 @@ def parts_of(participants: Sequence[Participant]) -> tuple[Part, ...]:
 def steps_of(parts: Sequence[Part], tx_id: str) -> list[Step]:
     """The steps of a new transaction."""
     return [
-        Step(n, part.name, part.cls, part.action, part.after, effect_id(tx_id, part.name), part.domain)
-        for n, part in enumerate(parts)
+        Step(n, part.name, part.cls, part.action, part.after, effect, part.domain)
+        for n, (part, effect) in enumerate(zip(parts, named(tx_id, [part.name for part in parts]), strict=True))
     ]
 
 
