@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, assert_never
 
 from actors import completion, endings
@@ -323,8 +324,9 @@ class Attempts:
             self._outbox.deliver([event], cause, first=first)
         if first_try is None:
             return result
-        await asyncio.wait([first_try], timeout=FIRST_DELIVERY_S)
-        if first_try.done() and first_try.result():
+        with suppress(TimeoutError), self._exchange.deadlines.limit(FIRST_DELIVERY_S):
+            await first_try
+        if not first_try.cancelled() and first_try.result():
             result.phase = TransactionPhase.EVENTS_PUBLISHED
             result.events_published = [event.type for event in told]
             self._driving.log.published(cause, told)

@@ -12,7 +12,7 @@ import orjson
 
 from actors.records import recordable, text
 from actors.verdicts import lacking
-from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, effect_id
+from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of
 from spine.explain.story import JournalRow
 from spine.governance.contract import FINALIZE, AckStatus
 from spine.governance.params import detached, id_problem
@@ -25,6 +25,7 @@ from spine.governance.transactions import (
 )
 from spine.governance.units import Record, Write
 from spine.kernel.errors import ConfigurationError, SpineError, describe
+from spine.kernel.ids import named
 
 
 @dataclass(slots=True)
@@ -146,8 +147,8 @@ def parts_of(participants: Sequence[Participant]) -> tuple[Part, ...]:
 def steps_of(parts: Sequence[Part], tx_id: str) -> list[Step]:
     """The steps of a new transaction."""
     return [
-        Step(n, part.name, part.cls, part.action, part.after, effect_id(tx_id, part.name), part.domain)
-        for n, part in enumerate(parts)
+        Step(n, part.name, part.cls, part.action, part.after, effect, part.domain)
+        for n, (part, effect) in enumerate(zip(parts, named(tx_id, [part.name for part in parts]), strict=True))
     ]
 
 

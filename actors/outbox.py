@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-import anyio
-
 from actors.effect_calls import Answered, EffectCalls, Unanswered
 from actors.reconciler import ContractRows
 from actors.recorder import Recorder
@@ -285,7 +283,7 @@ class Outbox:
             return await self._post(event, attempt)
         await self._failpoint(f"{PUBLISH}.before")
         try:
-            with anyio.fail_after(PUBLISH_S):
+            with self._exchange.deadlines.limit(PUBLISH_S):
                 await self._publisher.publish(event)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and cancelling():

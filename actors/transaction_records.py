@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from uuid import UUID, uuid5
 
 from actors.completion import Plan, Step
 from actors.records import ack, text
@@ -24,6 +23,7 @@ from spine.governance.transactions import (
     step_move,
 )
 from spine.governance.units import Record
+from spine.kernel.ids import named
 from spine.publisher import POST, Event
 
 
@@ -316,7 +316,7 @@ def _events(plan: Plan) -> list[Event]:
     ]
     return [
         Event(
-            effect or str(uuid5(UUID(plan.tx_id), f"event:{n}")),
+            effect or named(plan.tx_id, [f"event:{n}"])[0],
             plan.tx_id,
             request.run_id,
             request.tenant_id,

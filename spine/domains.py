@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, cast, runtime_checkable
-from uuid import UUID, uuid5
 
 import orjson
 
@@ -17,6 +16,7 @@ from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.transactions import DomainClass, TransactionPhase, plan_order
 from spine.governance.units import Write
 from spine.kernel.errors import ConfigurationError, SpineError
+from spine.kernel.ids import named
 
 DEFAULT_ACTION: Final = "complete_run"
 
@@ -79,7 +79,7 @@ class RunFacts:
 
 def effect_id(tx_id: str, domain: str) -> str:
     """The id of what ``domain`` does in transaction ``tx_id``. Raises ValueError when ``tx_id`` is not a UUID."""
-    return str(uuid5(UUID(tx_id), domain))
+    return named(tx_id, [domain])[0]
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final
@@ -17,7 +17,18 @@ from spine.journal.statements import Params, Statement
 
 # Their few fields that reach a column are plain text wherever they are made.
 _PLAIN_KINDS: Final = frozenset({"decision", "outcome"})
-
+# The member, if any, inside which more of these kinds reaches a column than their own plain members.
+_NESTED: Final = {
+    "run.started": "expectations",
+    "tx.step": "rows",
+    "tx.committed": None,
+    "tx.aborting": None,
+    "tx.aborted": None,
+    "ack": None,
+    "event": None,
+    "event.published": "event_ids",
+}
+_EXACT: Final = frozenset({str, int, bool, type(None), dict, list})
 
 # One record as it will be stored, but for its place: fields, raw body, body, kind, run_id, tenant_id, ref.
 Entry = tuple[dict[str, Any], bytes, str, str, str | None, str | None, str | None]
@@ -49,7 +60,7 @@ def encode(unit: Unit) -> Encoded | GuardFailed:
         for record in unit.records:
             fields = {**record.fields, "kind": record.kind, "at": record.at, "unit": unit.id}
             raw = orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
-            if record.kind not in _PLAIN_KINDS:
+            if record.kind not in _PLAIN_KINDS and not _exact(record.kind, fields):
                 # What the projections see is what verify will read.
                 fields = orjson.loads(raw)
             get = fields.get
@@ -64,6 +75,22 @@ def encode(unit: Unit) -> Encoded | GuardFailed:
     if not entries:
         return GuardFailed("record: a unit without records leaves no trace; give it one", 1, 0)
     return Encoded(unit.id, entries, unit.writes, unit.epoch)
+
+
+def _exact(kind: str, fields: Mapping[str, Any]) -> bool:
+    """Whether JSON surely gives back just the values that the kind's projections look at, subclasses being others."""
+    if kind not in _NESTED or not _EXACT.issuperset(map(type, fields.values())):
+        return False
+    nested = _NESTED[kind]
+    waiting: list[Any] = [] if nested is None else [fields.get(nested)]
+    for value in waiting:
+        if type(value) is dict:
+            waiting += value.values()
+        elif type(value) is list:
+            waiting += value
+        elif type(value) not in _EXACT:
+            return False
+    return True
 
 
 class Waves:

@@ -1,8 +1,11 @@
-"""Identifiers as a port: UUIDv7 (RFC 9562), W3C trace and span ids, from one generator that tests seed."""
+"""Identifiers as a port: UUIDv7 (RFC 9562), W3C trace and span ids, from one generator that tests seed; named ones."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from hashlib import sha1
+from uuid import UUID
 
 from spine.kernel.clock import Clock
 
@@ -41,3 +44,14 @@ class Ids:
     def uniform(self, low: float, high: float) -> float:
         """A number in [low, high], for jitter."""
         return self._random.uniform(low, high)
+
+
+def named(namespace: str, names: Iterable[str]) -> list[str]:
+    """The UUIDv5 of each name in a namespace. Raises ValueError when that is not a UUID."""
+    space = UUID(namespace).bytes
+    return [_version_5(sha1(space + name.encode(), usedforsecurity=False).hexdigest()) for name in names]
+
+
+def _version_5(digest: str) -> str:
+    variant = "89ab"[int(digest[16], 16) & 3]
+    return f"{digest[:8]}-{digest[8:12]}-5{digest[13:16]}-{variant}{digest[17:20]}-{digest[20:32]}"

@@ -667,7 +667,7 @@ async def test_an_outcome_a_start_a_completion_and_a_switch_committed_too_late_a
             started = await spine.start_run("run-1", tenant_id="acme")
             assert "not known whether the start of run 'run-1' was recorded" in started.reason
         assert (await spine.start_run("run-1", tenant_id="acme")).allowed
-        with LateCommits(spine, monkeypatch), pytest.raises(TransactionFailed, match="'run-1' is not confirmed"):
+        with LateCommits(spine, monkeypatch), pytest.raises(TransactionFailed, match="not known whether run 'run-1'"):
             await spine.complete_run("run-1", tenant_id="acme", run_status="succeeded")
         assert (await spine.complete_run("run-1", tenant_id="acme", run_status="succeeded")).is_complete
         not_known = pytest.raises(JournalUnavailable, match="not known whether the switch to 'halted' was recorded")

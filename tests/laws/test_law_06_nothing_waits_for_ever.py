@@ -22,6 +22,7 @@ from structlog.testing import capture_logs
 
 from spine import AuthorityDecision, OperationContext, OperationResult, Spine
 from spine.governance.transactions import TransactionPhase
+from spine.kernel.clock import VirtualClock
 from spine.kernel.errors import NotRunning
 from spine.kernel.exchange import ROUTER
 from spine.publisher import Event
@@ -370,6 +371,34 @@ async def test_a_publisher_that_hangs_delays_no_completion_and_no_other_run(sqli
         publisher.release.set()
         await until(lambda: len(found(sqlite_url, "event.published")) == 2)
     assert publisher.out == ["run-2", "run-stuck"]
+
+
+async def test_a_publisher_that_hangs_is_given_up_and_asked_again_on_the_injected_clock(sqlite_url: str) -> None:
+    """Neither the completion's patience nor the publisher's time is the machine's own."""
+
+    class HangsOnce:
+        def __init__(self) -> None:
+            self.asked: list[float] = []
+
+        async def publish(self, event: Event) -> None:
+            self.asked.append(clock.monotonic())
+            if len(self.asked) == 1:
+                await asyncio.Event().wait()
+
+    clock, publisher = VirtualClock(time.time_ns() // 1000), HangsOnce()
+    async with Spine(sqlite_url, publisher=publisher, settings=Settings(clock=clock)) as spine:
+        call = asyncio.create_task(spine.complete_run("run-1", tenant_id="acme", run_status="succeeded"))
+        await until(lambda: publisher.asked)
+        await clock.advance(0.5)
+        assert not call.done()
+        await clock.advance(0.6)
+        assert (await call).phase is TransactionPhase.COMMITTED
+        await clock.advance(8)
+        assert len(publisher.asked) == 1
+        await clock.advance(2)
+        assert len(publisher.asked) == 2
+        assert 10 <= publisher.asked[1] - publisher.asked[0] < 11
+        await until(lambda: len(found(sqlite_url, "event.published")) == 1)
 
 
 async def test_what_holds_the_event_loop_is_named(sqlite_url: str) -> None:

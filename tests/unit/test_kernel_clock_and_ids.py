@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spine.kernel.clock import SystemClock, VirtualClock
-from spine.kernel.ids import Ids
+from spine.kernel.ids import Ids, named
 
 # The signal that pytest-timeout sends by default is lost in an event loop.
 pytestmark = pytest.mark.timeout(45, method="thread")
@@ -30,6 +30,17 @@ def test_a_uuid_has_the_layout_of_version_seven(at_us: int, seed: int) -> None:
     assert parsed.int >> 76 & 0xF == 7
     assert parsed.int >> 62 & 0b11 == 0b10
     assert parsed.variant == uuid.RFC_4122
+
+
+@given(st.uuids(), st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
+def test_named_ids_are_what_the_standard_library_makes(namespace: uuid.UUID, names: list[str]) -> None:
+    """RFC 9562, section 5.5: version 5."""
+    assert named(str(namespace), names) == [str(uuid.uuid5(namespace, name)) for name in names]
+
+
+def test_a_namespace_that_is_no_uuid_is_refused() -> None:
+    with pytest.raises(ValueError, match="hexadecimal UUID"):
+        named("tx-1", ["incidents"])
 
 
 def test_every_random_bit_of_a_uuid_is_used() -> None:

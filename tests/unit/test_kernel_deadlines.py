@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
+
 import anyio
 import pytest
 from hypothesis import given, settings
@@ -138,3 +141,89 @@ async def test_a_deadline_taken_back_leaves_nothing_behind() -> None:
         deadlines.add(item.moment, item)
         deadlines.discard(item.moment, item)
     assert len(deadlines) == 0
+
+
+class Limited:
+    """A task whose work has 2 virtual seconds; ``ended`` tells how it ended."""
+
+    def __init__(self, work: Callable[[], Awaitable[object]]) -> None:
+        self.clock = VirtualClock()
+        self.deadlines = Deadlines(self.clock)
+        self.work = work
+        self.ended: list[str] = []
+
+    async def run(self) -> None:
+        try:
+            with self.deadlines.limit(2):
+                await self.work()
+        except TimeoutError:
+            self.ended.append("late")
+            # The task itself goes on, and can wait again.
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self.ended.append("cancelled")
+            raise
+        self.ended.append("over")
+
+    async def after(self, *steps: float, cancel: bool = False) -> list[str]:
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.deadlines.run)
+            task = asyncio.create_task(self.run())
+            await anyio.wait_all_tasks_blocked()
+            for step in steps:
+                await self.clock.advance(step)
+                await anyio.wait_all_tasks_blocked()
+            if cancel:
+                task.cancel()
+            await asyncio.wait([task], timeout=5)
+            assert task.done()
+            assert task.cancelled() == cancel
+            assert task.cancelling() == (1 if cancel else 0)
+            group.cancel_scope.cancel()
+        assert len(self.deadlines) == 0
+        return self.ended
+
+
+@pytest.mark.anyio
+async def test_a_limited_piece_of_work_that_ends_in_time_is_left_alone() -> None:
+    assert await Limited(lambda: asyncio.sleep(0)).after(10) == ["over"]
+
+
+@pytest.mark.anyio
+async def test_a_limited_piece_of_work_is_ended_at_its_moment_and_the_task_goes_on() -> None:
+    limited = Limited(lambda: asyncio.Event().wait())
+    assert await limited.after(1.5, 0.6) == ["late", "over"]
+
+
+@pytest.mark.anyio
+async def test_somebody_elses_cancellation_is_not_taken_for_the_limit() -> None:
+    assert await Limited(lambda: asyncio.Event().wait()).after(1, cancel=True) == ["cancelled"]
+
+
+@pytest.mark.anyio
+async def test_who_swallows_the_cancellation_is_cancelled_again() -> None:
+    async def stubborn() -> None:
+        for _ in range(3):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                continue
+        await asyncio.Event().wait()
+
+    limited = Limited(stubborn)
+    assert await limited.after(2.1, 1, 1, 1) == ["late", "over"]
+
+
+@pytest.mark.anyio
+async def test_a_cancellation_at_the_moment_of_the_limit_is_not_lost() -> None:
+    """The limit has cancelled the task, which has not run since, when somebody else cancels it too."""
+    limited = Limited(lambda: asyncio.Event().wait())
+    task = asyncio.create_task(limited.run())
+    await asyncio.sleep(0)
+    await limited.clock.advance(3)
+    limited.deadlines._expire(3)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert limited.ended == ["cancelled"]
+    assert len(limited.deadlines) == 0
