@@ -1,12 +1,12 @@
 """The audit actor: the journal's only writer in its process; its mailbox is the group-commit queue.
 
-It understands ``Append`` (commit a unit of work) and ``RenewLease``. It takes whatever waits, has it written in one SQL
+It understands ``Append`` (commit a unit of work) and ``KeepLease``. It takes whatever waits, has it written in one SQL
 transaction, and replies after COMMIT. Storage errors are replies, not crashes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, assert_never
 
@@ -30,14 +30,14 @@ class Append(Request[CommitOutcome]):
 
 
 @dataclass(slots=True)
-class RenewLease(Request[None]):
-    """Say that this process lives until ``until_at`` (unix microseconds)."""
+class KeepLease(Request[None]):
+    """Say that this process lives, for ``lease_s`` seconds after it last could."""
 
     instance: str
-    until_at: int
+    lease_s: float
 
 
-Message = Append | RenewLease | Stop
+Message = Append | KeepLease | Stop
 
 
 class Writer(Protocol):
@@ -51,8 +51,13 @@ class Writer(Protocol):
         """Which of the units are in the journal behind row ``since_seq``."""
         ...
 
-    async def renew_lease(self, instance: str, until_us: int) -> None:
-        """Write the lease row; it is not journaled."""
+    async def keep_lease(self, instance: str, lease_s: float, now_us: Callable[[], int]) -> None:
+        """Write the lease row, which is not journaled, again and again."""
+        ...
+
+    async def release_lease(self) -> None:
+        """Give the lease back: what is unfinished may be taken over at once."""
+        ...
 
 
 class Reader(Protocol):
@@ -93,7 +98,6 @@ class Audit(Actor):
         self._reader = reader
         self._writer = writer
         self._progress = progress
-        self._leased: str | None = None
 
     def __repr__(self) -> str:
         return f"Audit({self._progress})"
@@ -123,8 +127,8 @@ class Audit(Actor):
                 match message:
                     case Append():
                         batch.append(envelope)
-                    case RenewLease():
-                        await self._renew(envelope, message)
+                    case KeepLease():
+                        await self._keep(envelope, message)
                     case Stop():
                         stopping = True
                         self.exchange.handled(envelope)
@@ -170,23 +174,19 @@ class Audit(Actor):
             self.exchange.tracer.life("spine.journal.available")
         self._progress.storage_error = error
 
-    async def _renew(self, envelope: Envelope, lease: RenewLease) -> None:
+    async def _keep(self, envelope: Envelope, lease: KeepLease) -> None:
         try:
-            await self._writer.renew_lease(lease.instance, lease.until_at)
+            await self._writer.keep_lease(lease.instance, lease.lease_s, self.exchange.clock.time_us)
         except JournalError as error:
             envelope.fail(error)
             return
-        self._leased = lease.instance
         if envelope.reply_to is None:
             self.exchange.handled(envelope)
         else:
             envelope.reply(None)
 
     async def _release(self) -> None:
-        """Give the process's lease back: what is unfinished may be taken over at once."""
-        if self._leased is None:
-            return
         try:
-            await self._writer.renew_lease(self._leased, self.exchange.clock.time_us() - 1)
+            await self._writer.release_lease()
         except JournalError as error:
             self.exchange.tracer.fault("spine.lease.kept", exc=error)
