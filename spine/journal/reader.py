@@ -12,7 +12,7 @@ import orjson
 from spine.governance.contract import CONTRACT_KINDS
 from spine.journal.chain import GENESIS, MAIN_PREFIX, STREAM, row_hash
 from spine.journal.engine import lenient
-from spine.journal.processes import surely_dead
+from spine.journal.lease import alive
 from spine.journal.reading import Reading
 from spine.journal.rows import (
     Counts,
@@ -157,10 +157,21 @@ class JournalReader(Reading):
             raise JournalBroken(f"journal row {seq} of {self._target.name} is missing or damaged: run `spine verify`")
         return body
 
+    async def outcome_of(self, decision_id: str, run_id: str | None) -> dict[str, Any] | None:
+        """The body of the outcome of a decision of that run; without a run the whole journal is looked through."""
+        where, values = ("run_id IS NULL", ()) if run_id is None else ("run_id = ?", (run_id,))
+        found = await self._all(
+            f"SELECT {_ROW} FROM journal WHERE {_MAIN} AND {where} AND ref = ? AND kind = 'outcome'",
+            *values,
+            decision_id,
+        )
+        return _row(found[0]).body if found else None
+
     async def open_decisions(self, instances_dead_before_us: int) -> list[OpenDecision]:
         """Decisions without an outcome whose process is dead, oldest first.
 
-        Dead is who held no lease at that time (unix microseconds), or ran on this machine and surely runs no more.
+        Dead is who gave its lease back, or runs no more; of other machines that is not known, and who held no lease at
+        that time (unix microseconds) counts as dead.
         """
         dead = await self._dead("open_decisions", "1 = 1", instances_dead_before_us)
         columns = ", ".join(field.name for field in fields(OpenDecision))
@@ -176,16 +187,12 @@ class JournalReader(Reading):
             f"SELECT d.instance, i.lease_until_at, i.process FROM (SELECT DISTINCT instance FROM {table} "
             f"WHERE {where}) d LEFT JOIN instances i ON i.instance = d.instance"
         )
-        return [
-            instance
-            for instance, until, process in owners
-            if until is None or until < before_us or surely_dead(process)
-        ]
+        return [instance for instance, until, process in owners if not alive(until, process, before_us)]
 
     async def living(self, now_us: int) -> set[str]:
-        """The instances that hold a lease at that time (unix microseconds) and are not surely dead."""
-        held = await self._all("SELECT instance, process FROM instances WHERE lease_until_at >= ?", now_us)
-        return {instance for instance, process in held if not surely_dead(process)}
+        """The instances that live at that time (unix microseconds; see ``open_decisions``)."""
+        held = await self._all("SELECT instance, lease_until_at, process FROM instances")
+        return {instance for instance, until, process in held if alive(until, process, now_us)}
 
     async def pending_events(self, limit: int = 100) -> list[dict[str, Any]]:
         """The bodies of up to ``limit`` events that wait to be published, in journal order."""
