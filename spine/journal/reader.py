@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, Final
 
-import orjson
-
 from spine.governance.contract import CONTRACT_KINDS
-from spine.journal.chain import GENESIS, MAIN_PREFIX, STREAM, row_hash
-from spine.journal.engine import lenient
+from spine.journal.evidence import MAIN, ROW, Evidence, columns, row_of, run_of
 from spine.journal.lease import alive
-from spine.journal.reading import Reading
 from spine.journal.rows import (
     Counts,
     DueContract,
     GovernanceRow,
-    HeadRow,
     IdempotencyRow,
     OpenDecision,
     ParkedRow,
@@ -28,53 +21,34 @@ from spine.journal.rows import (
 )
 from spine.kernel.errors import JournalBroken
 
-_NO_LINK: Final = (b"", b"")
 _LAST_CHARACTER: Final = "\U0010ffff"
-_IDS: Final = 400
 _PAGE: Final = 500
-_RANGE: Final = 20_000
-_MAIN: Final = f"stream = '{STREAM}'"
-_ROW: Final = "seq, prev, hash, body"
 _IN_FLIGHT: Final = "state IN ('EXECUTING', 'COMPENSATING')"
 
 
-def _columns(shape: type) -> str:
-    return ", ".join(field.name for field in fields(shape))
-
-
-class JournalReader(Reading):
+class JournalReader(Evidence):
     """What may be asked of the journal; every method may raise JournalError."""
-
-    async def head(self) -> HeadRow:
-        """Where the chain ends."""
-        found = await self._all(f"SELECT size, hash FROM journal_head WHERE {_MAIN}")
-        if not found:
-            raise JournalBroken(f"the journal at {self._target.name} has lost its head: run `spine verify`")
-        return HeadRow(found[0][0], bytes(found[0][1]))
 
     async def governance(self) -> GovernanceRow:
         """The governance state as last committed, by whatever process."""
-        found = await self._all(f"SELECT {_columns(GovernanceRow)} FROM governance WHERE id = 1")
+        found = await self._all(f"SELECT {columns(GovernanceRow)} FROM governance WHERE id = 1")
         if not found:
             raise JournalBroken(f"the journal at {self._target.name} has lost its governance row: run `spine verify`")
         return GovernanceRow(*found[0])
 
-    async def run(self, run_id: str) -> RunRow | None:
-        """The run, if it was started."""
-        found = await self._all(f"SELECT {_columns(RunRow)} FROM runs WHERE run_id = ?", run_id)
-        return _run(found[0]) if found else None
-
     async def run_rows(self, run_id: str, *kinds: str) -> list[Row]:
         """Every journal row of the run, in order; of these ``kinds`` if some are named."""
         of_kind = f" AND kind IN ({','.join('?' * len(kinds))})" if kinds else ""
-        sql = f"SELECT {_ROW} FROM journal WHERE run_id = ? AND {_MAIN}{of_kind} ORDER BY seq"
-        return [_row(values) for values in await self._scan(sql, run_id, *kinds)]
+        sql = f"SELECT {ROW} FROM journal WHERE run_id = ? AND {MAIN}{of_kind} ORDER BY seq"
+        # All of a long run's rows are a scan; of some kinds there are few.
+        read = self._all if kinds else self._scan
+        return [row_of(values) for values in await read(sql, run_id, *kinds)]
 
     async def operation_counts(self, run_id: str, tenant_id: str) -> tuple[int, int, int]:
         """How many operations of the tenant's run were decided on, denied, and ended without success."""
         found = await self._all(
             f"SELECT kind, {self._false('allowed')}, {self._false('success')}, count(*) FROM journal "
-            f"WHERE run_id = ? AND tenant_id = ? AND {_MAIN} AND kind IN ('decision', 'outcome') GROUP BY 1, 2, 3",
+            f"WHERE run_id = ? AND tenant_id = ? AND {MAIN} AND kind IN ('decision', 'outcome') GROUP BY 1, 2, 3",
             run_id,
             tenant_id,
         )
@@ -106,8 +80,7 @@ class JournalReader(Reading):
             where.append("(due_at, run_id) > (?, ?)")
             values += after
         found = await self._all(
-            f"SELECT {_columns(DueContract)} FROM contracts WHERE {' AND '.join(where)} "
-            "ORDER BY due_at, run_id LIMIT ?",
+            f"SELECT {columns(DueContract)} FROM contracts WHERE {' AND '.join(where)} ORDER BY due_at, run_id LIMIT ?",
             *values,
             limit,
         )
@@ -134,16 +107,16 @@ class JournalReader(Reading):
             where.append("state = ?")
             values.append(state)
         found = await self._scan(
-            f"SELECT {_columns(RunRow)} FROM runs WHERE {' AND '.join(where)} ORDER BY started_seq DESC LIMIT ?",
+            f"SELECT {columns(RunRow)} FROM runs WHERE {' AND '.join(where)} ORDER BY started_seq DESC LIMIT ?",
             *values,
             limit,
         )
-        return [_run(values) for values in found]
+        return [run_of(values) for values in found]
 
     async def idempotency(self, tenant_id: str, operation: str, key: str) -> IdempotencyRow | None:
         """What the key was claimed for, if it was."""
         found = await self._all(
-            f"SELECT {_columns(IdempotencyRow)} FROM idempotency WHERE tenant_id = ? AND operation = ? AND key = ?",
+            f"SELECT {columns(IdempotencyRow)} FROM idempotency WHERE tenant_id = ? AND operation = ? AND key = ?",
             tenant_id,
             operation,
             key,
@@ -152,8 +125,8 @@ class JournalReader(Reading):
 
     async def body_at(self, seq: int) -> dict[str, Any]:
         """The body of one row. Raises JournalBroken when there is no such row or it is not a JSON object."""
-        found = await self._all(f"SELECT {_ROW} FROM journal WHERE {_MAIN} AND seq = ?", seq)
-        body = _row(found[0]).body if found else {}
+        found = await self._all(f"SELECT {ROW} FROM journal WHERE {MAIN} AND seq = ?", seq)
+        body = row_of(found[0]).body if found else {}
         if not body:
             raise JournalBroken(f"journal row {seq} of {self._target.name} is missing or damaged: run `spine verify`")
         return body
@@ -162,11 +135,11 @@ class JournalReader(Reading):
         """The body of the outcome of a decision of that run; without a run the whole journal is looked through."""
         where, values = ("run_id IS NULL", ()) if run_id is None else ("run_id = ?", (run_id,))
         found = await self._all(
-            f"SELECT {_ROW} FROM journal WHERE {_MAIN} AND {where} AND ref = ? AND kind = 'outcome'",
+            f"SELECT {ROW} FROM journal WHERE {MAIN} AND {where} AND ref = ? AND kind = 'outcome'",
             *values,
             decision_id,
         )
-        return _row(found[0]).body if found else None
+        return row_of(found[0]).body if found else None
 
     async def open_decisions(self, instances_dead_before_us: int) -> list[OpenDecision]:
         """Decisions without an outcome whose process is dead, oldest first.
@@ -198,16 +171,16 @@ class JournalReader(Reading):
     async def pending_events(self, limit: int = 100) -> list[dict[str, Any]]:
         """The bodies of up to ``limit`` events that wait to be published, in journal order."""
         found = await self._scan(
-            f"SELECT {', '.join('j.' + name for name in _ROW.split(', '))} FROM outbox o "
-            f"JOIN journal j ON j.{_MAIN} AND j.seq = o.seq WHERE o.state = 'pending' ORDER BY o.seq LIMIT ?",
+            f"SELECT {', '.join('j.' + name for name in ROW.split(', '))} FROM outbox o "
+            f"JOIN journal j ON j.{MAIN} AND j.seq = o.seq WHERE o.state = 'pending' ORDER BY o.seq LIMIT ?",
             limit,
         )
-        return [_row(values).body for values in found]
+        return [row_of(values).body for values in found]
 
     async def transaction(self, run_id: str, completion_key: str) -> TransactionRow | None:
         """The latest attempt to complete the run under the key, if there was one."""
         found = await self._all(
-            f"SELECT {_columns(TransactionRow)} FROM transactions WHERE run_id = ? AND completion_key = ? "
+            f"SELECT {columns(TransactionRow)} FROM transactions WHERE run_id = ? AND completion_key = ? "
             "ORDER BY attempt DESC LIMIT 1",
             run_id,
             completion_key,
@@ -220,14 +193,14 @@ class JournalReader(Reading):
         found: list[TransactionRow] = []
         for instance in {*dead, own}:
             rows = await self._scan(
-                f"SELECT {_columns(TransactionRow)} FROM transactions WHERE {_IN_FLIGHT} AND instance = ?", instance
+                f"SELECT {columns(TransactionRow)} FROM transactions WHERE {_IN_FLIGHT} AND instance = ?", instance
             )
             found += [TransactionRow(*values) for values in rows]
         return sorted(found, key=lambda row: row.seq_begun)
 
     async def transaction_by_id(self, tx_id: str) -> TransactionRow | None:
         """The attempt with this id."""
-        found = await self._all(f"SELECT {_columns(TransactionRow)} FROM transactions WHERE tx_id = ?", tx_id)
+        found = await self._all(f"SELECT {columns(TransactionRow)} FROM transactions WHERE tx_id = ?", tx_id)
         return TransactionRow(*found[0]) if found else None
 
     async def transaction_ids_like(self, prefix: str, limit: int = 10) -> list[str]:
@@ -266,13 +239,13 @@ class JournalReader(Reading):
         bodies: list[dict[str, Any]] = []
         while True:
             page = await self._scan(
-                f"SELECT {_ROW} FROM journal WHERE {_MAIN} AND seq > ? AND kind IN ('decision', 'governance.changed') "
+                f"SELECT {ROW} FROM journal WHERE {MAIN} AND seq > ? AND kind IN ('decision', 'governance.changed') "
                 "AND (kind <> 'decision' OR body LIKE ?) ORDER BY seq LIMIT ?",
                 after,
                 '%"effect":"bypassed"%',
                 _PAGE,
             )
-            for row in map(_row, page):
+            for row in map(row_of, page):
                 if row.body.get("kind") == "governance.changed":
                     return count, bodies
                 if row.body.get("epoch") == epoch and row.body.get("would_have") is not None:
@@ -286,71 +259,16 @@ class JournalReader(Reading):
     async def _epoch_began(self, epoch: int) -> int:
         """The row that began the epoch; 0 for the first."""
         found = await self._scan(
-            f"SELECT {_ROW} FROM journal WHERE {_MAIN} AND kind = 'governance.changed' ORDER BY seq DESC"
+            f"SELECT {ROW} FROM journal WHERE {MAIN} AND kind = 'governance.changed' ORDER BY seq DESC"
         )
-        return next((row.seq for row in map(_row, found) if row.body.get("epoch") == epoch), 0)
-
-    async def run_evidence(self, run_id: str, rows: Sequence[Row]) -> bool:
-        """Whether ``rows`` are the run's, none of them was changed, and none is missing between the first and the last.
-
-        Seen is whatever ``bound`` sees, a row of another run among them, a gap between them, and a row between them
-        that tells of the run though its columns do not; where the run's start or completion is known, from there and
-        up to there. Not seen is what lacks after the last row, and what was hidden by changing its body too: ``spine
-        verify`` sees it. It reads every row in between, about a second for a million of them.
-        """
-        if not all(row.body.get("run_id") == run_id for row in rows) or not await self.bound(rows):
-            return False
-        run, places = await self.run(run_id), [row.seq for row in rows]
-        if run is not None:
-            places += [place for place in (run.started_seq, run.completed_seq) if isinstance(place, int)]
-        return not places or await self._whole(run_id, min(places), max(places))
-
-    async def _whole(self, run_id: str, first: int, last: int) -> bool:
-        """Whether no row from ``first`` to ``last`` is missing, or hidden from the run that its body names."""
-        # A backslash escapes on PostgreSQL alone; in its place stands any character, as for the other wildcards.
-        named = f"%{orjson.dumps({'run_id': run_id})[1:-1].decode()}%".replace("\\", "_")
-        for at in range(first, last + 1, _RANGE):
-            ends = at, min(at + _RANGE - 1, last)
-            there = f"FROM journal WHERE {_MAIN} AND seq BETWEEN ? AND ?"
-            ((found,),) = await self._scan(f"SELECT count(*) {there}", *ends)
-            if found != ends[1] - at + 1:
-                return False
-            strange = f"SELECT {_ROW} {there} AND (run_id IS NULL OR run_id <> ?) AND body LIKE ?"
-            if any(_row(row).body.get("run_id") == run_id for row in await self._scan(strange, *ends, run_id, named)):
-                return False
-        return True
-
-    async def bound(self, rows: Sequence[Row]) -> bool:
-        """Whether each row's hash is right, binds its predecessor, and is bound by its successor or the head."""
-        if any(row_hash(MAIN_PREFIX, row.seq, row.prev, _stored(row.raw)) != row.hash for row in rows):
-            return False
-        links = await self._links({seq for row in rows for seq in (row.seq - 1, row.seq + 1) if seq > 0})
-        head = await self.head()
-        # Rows may have been appended between the two looks.
-        links |= await self._links({row.seq + 1 for row in rows if row.seq < head.size} - links.keys())
-        for row in rows:
-            before = GENESIS if row.seq == 1 else links.get(row.seq - 1, _NO_LINK)[1]
-            after = head.hash if row.seq == head.size else links.get(row.seq + 1, _NO_LINK)[0]
-            if row.prev != before or row.hash != after:
-                return False
-        return True
-
-    async def _links(self, seqs: AbstractSet[int]) -> dict[int, tuple[bytes, bytes]]:
-        """``prev`` and ``hash`` of the rows that exist."""
-        found, wanted = {}, sorted(seqs)
-        for at in range(0, len(wanted), _IDS):
-            some = wanted[at : at + _IDS]
-            marks = ",".join("?" * len(some))
-            sql = f"SELECT seq, prev, hash FROM journal WHERE {_MAIN} AND seq IN ({marks})"
-            found.update({seq: (_bytes(prev), _bytes(digest)) for seq, prev, digest in await self._all(sql, *some)})
-        return found
+        return next((row.seq for row in map(row_of, found) if row.body.get("epoch") == epoch), 0)
 
     async def tail(self, after_seq: int, limit: int = 100) -> list[Row]:
         """Up to ``limit`` rows behind ``after_seq``, in order."""
         found = await self._scan(
-            f"SELECT {_ROW} FROM journal WHERE {_MAIN} AND seq > ? ORDER BY seq LIMIT ?", after_seq, limit
+            f"SELECT {ROW} FROM journal WHERE {MAIN} AND seq > ? ORDER BY seq LIMIT ?", after_seq, limit
         )
-        return [_row(values) for values in found]
+        return [row_of(values) for values in found]
 
     async def counts(self) -> Counts:
         """How much there is of what."""
@@ -382,27 +300,3 @@ class JournalReader(Reading):
 
     async def _pairs(self, sql: str) -> list[tuple[str, int]]:
         return [(values[0], values[1]) for values in await self._scan(sql)]
-
-
-def _stored(raw: str) -> bytes:
-    return raw.encode("utf-8", "surrogateescape")
-
-
-def _bytes(value: Any) -> bytes:
-    return bytes(value) if isinstance(value, (bytes, memoryview)) else b""
-
-
-def _row(values: Sequence[Any]) -> Row:
-    seq, prev, digest, raw = values
-    if not isinstance(raw, str):
-        raw = lenient(_bytes(raw))
-    try:
-        body = orjson.loads(raw)
-    except ValueError:
-        body = {}
-    return Row(seq, _bytes(prev), _bytes(digest), body if isinstance(body, dict) else {}, raw)
-
-
-def _run(values: Sequence[Any]) -> RunRow:
-    run = RunRow(*values)
-    return run if isinstance(run.implicit, bool) else replace(run, implicit=bool(run.implicit))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 from urllib.parse import parse_qsl
+from weakref import WeakSet
 
 import anyio
 from sqlalchemy import URL, event
@@ -35,6 +36,7 @@ class Scans:
         self._engine: AsyncEngine | None = None
         self._opening = asyncio.Lock()
         self._reading: set[asyncio.Task[list[Any]]] = set()
+        self._connections: WeakSet[Any] = WeakSet()
         self._placeholder = "?" if self._target.dialect == "sqlite" else "%s"
 
     async def _open(self) -> AsyncEngine:
@@ -54,7 +56,7 @@ class Scans:
             closed(self._target.path)
 
     async def _connect(self) -> AsyncEngine:
-        engine = _engine(self._target)
+        engine = _engine(self._target, self._connections)
         try:
             async with engine.connect() as connection:
                 found = (await connection.exec_driver_sql(FIND_META[self._target.dialect])).scalar()
@@ -69,14 +71,22 @@ class Scans:
         return engine
 
     async def close(self) -> None:
-        """Close its connections; reading again opens new ones."""
+        """Close its connections, interrupting what takes too long; reading again opens new ones."""
         if self._reading:
             # What is still being opened has no engine to dispose of yet, and a pool forgets what is out when it goes.
-            await asyncio.wait(list(self._reading), timeout=_CLOSE_S)
+            _, running = await asyncio.wait(list(self._reading), timeout=_CLOSE_S)
+            if running:
+                with anyio.move_on_after(_CLOSE_S):
+                    await self._interrupt()
+                await asyncio.wait(running, timeout=_CLOSE_S)
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.dispose()
             self._closed()
+
+    async def _interrupt(self) -> None:
+        for connection in list(self._connections):
+            await (connection.interrupt() if self._target.dialect == "sqlite" else connection.cancel_safe())
 
     async def rows(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
         """The rows of a query written with ``?``."""
@@ -116,7 +126,7 @@ class Scans:
             raise unavailable(self._target, error) from error
 
 
-def _engine(target: Target) -> AsyncEngine:
+def _engine(target: Target, connections: WeakSet[Any]) -> AsyncEngine:
     if target.dialect == "postgresql":
         engine = create_async_engine(target.url, isolation_level="AUTOCOMMIT", pool_size=4, max_overflow=0)
         settings = postgresql_settings(lock_timeout_ms=5_000, read_only=True)
@@ -128,6 +138,7 @@ def _engine(target: Target) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "connect")
     def _settings(connection: Any, _record: object) -> None:
+        connections.add(connection.driver_connection)
         if target.dialect == "sqlite":
             connection.driver_connection.text_factory = lenient
         cursor = connection.cursor()
