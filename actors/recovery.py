@@ -103,18 +103,21 @@ class Recovery:
 
     async def sweep(self) -> None:
         """Record INTERRUPTED for what dead processes left open, and what this one could not record before."""
-        clock = self._exchange.clock
+        await self.catch_up()
+        try:
+            for left in await self._source.open_decisions(self._exchange.clock.time_us()):
+                if left.instance != self._instance:
+                    await self._close(left)
+        except JournalError as error:
+            self._exchange.tracer.fault("spine.recovery.unreadable", exc=error)
+
+    async def catch_up(self) -> None:
+        """Record what this process could not record before, until that fails again."""
         for decision_id, outcome in list(self.unrecorded.items()):
             ended = await self._recorder.commit([outcome], run_id=outcome.fields["run_id"])
             if not isinstance(ended, Committed) and not (isinstance(ended, GuardFailed) and await self._late(outcome)):
                 break
             del self.unrecorded[decision_id]
-        try:
-            for left in await self._source.open_decisions(clock.time_us()):
-                if left.instance != self._instance:
-                    await self._close(left)
-        except JournalError as error:
-            self._exchange.tracer.fault("spine.recovery.unreadable", exc=error)
 
     async def _late(self, outcome: Record) -> bool:
         """Its decision is not open: closed by us after all, by who took us for dead, or never recorded; is all told?"""

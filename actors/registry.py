@@ -79,6 +79,7 @@ class Registry(Actor):
         ended = await self._tasks.drained(STOP_S) or await self._tasks.cancel(0.5)
         with anyio.move_on_after(STOP_S):
             await self._deps.recorder.flushed()
+            await self._deps.recovery.catch_up()
         return ended and not self._calls
 
     def interrupt(self) -> None:

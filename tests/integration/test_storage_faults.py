@@ -634,6 +634,23 @@ async def test_a_decision_that_is_committed_too_late_is_told_as_not_known_and_cl
     intact(database_url)
 
 
+async def test_what_was_not_yet_recorded_is_recorded_at_the_stop(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Spine stops before it has looked again: a decision it knows of is not left open for others to guess about."""
+    mill = Mill(sqlite_url, clock=clock())
+    async with running(mill.spine):
+        with LateCommits(mill.spine, monkeypatch):
+            call = asyncio.create_task(mill.execute(run_id="run-1"))
+            await until(call.done, clock=mill.spine._system.clock)
+        assert "not known" in str((await call).error)
+        await until(lambda: journal(sqlite_url, "decision"))
+        assert mill.spine.health().journal["unrecorded"] == 1
+    (decision,), (outcome,) = journal(sqlite_url, "decision"), journal(sqlite_url, "outcome")
+    assert outcome["decision_id"] == decision["decision_id"]
+    assert "did not run" in outcome["error"]
+
+
 async def test_a_decision_that_was_never_committed_leaves_no_outcome(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
