@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 import pytest
 
+from actors.attempts import Attempts
 from spine import (
     CompletionConflict,
     Refused,
@@ -337,8 +338,11 @@ async def flowing(clock: VirtualClock, work: Any) -> Any:
 
 
 @pytest.mark.parametrize("what", ["forward", "rollback"])
-async def test_repeats_wait_twice_as_long_each_time_up_to_the_most(sqlite_url: str, world: World, what: str) -> None:
+async def test_repeats_wait_twice_as_long_each_time_up_to_the_most(
+    sqlite_url: str, world: World, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """First ``first_s``, then doubled, at most ``most_s``, each with at most a quarter of jitter on top."""
+    monkeypatch.setattr("actors.takeover.TICK_S", 60.0)
     clock = VirtualClock(1_750_000_000_000_000)
     away = raises(ConnectionError("away"))
     pay = Remote(world, attempts=5, forward=away) if what == "forward" else Remote(world, rollback=away)
@@ -478,11 +482,13 @@ async def test_a_local_domain_that_fails_undoes_what_was_done_outside(database_u
     book = Local(Refused("CLOSED", "the books are closed"), after=["pay"])
     spine = over(database_url, Remote(world), book)
     async with running(spine):
+        query(database_url, "CREATE TABLE books (run_id TEXT PRIMARY KEY, cents INTEGER NOT NULL)")
         for does, code in (
             (Refused("CLOSED", "the books are closed"), "CLOSED"),
             (KeyError("account"), "KeyError"),
-            ([Write("UPDATE runs SET tenant_id = 'x' WHERE run_id = 'none'")], "WRITE_GUARD"),
+            ([Write("UPDATE books SET cents = 1 WHERE run_id = 'none'")], "WRITE_GUARD"),
             ([Write("INSERT INTO nowhere VALUES (1)")], "WRITE_GUARD"),
+            ([Write("UPDATE runs SET tenant_id = 'x'", rows=None)], "WRITE_GUARD"),
         ):
             book.does = does
             error = await failure(spine)
@@ -491,13 +497,13 @@ async def test_a_local_domain_that_fails_undoes_what_was_done_outside(database_u
             assert moves(database_url)[-4:] == ["aborting", "undo pay", "undone pay", "aborted"]
         book.does = []
         done = await complete(spine)
-    assert world.told() == ["forward pay", "rollback pay"] * 4 + ["forward pay"]
-    assert transactions(database_url) == ["ABORTED"] * 4 + ["COMMITTED"]
+    assert world.told() == ["forward pay", "rollback pay"] * 5 + ["forward pay"]
+    assert transactions(database_url) == ["ABORTED"] * 5 + ["COMMITTED"]
     begun = journal(database_url, "tx.begun")
-    assert [body["attempt"] for body in begun] == [1, 2, 3, 4, 5]
+    assert [body["attempt"] for body in begun] == [1, 2, 3, 4, 5, 6]
     assert [body["previous"] for body in begun] == [None, *[body["tx_id"] for body in begun[:-1]]]
     assert done.transaction_id == begun[-1]["tx_id"]
-    assert len({effect.id for effect in world.effects("forward", "pay")}) == 5
+    assert len({effect.id for effect in world.effects("forward", "pay")}) == 6
     assert query(database_url, "SELECT count(*) FROM incidents") == [(1,)]
     intact(database_url)
 
@@ -761,26 +767,32 @@ async def test_many_who_complete_one_run_at_once_make_one_transaction(database_u
 
 @pytest.mark.parametrize("end", ["ROLLED_BACK", "PARKED"])
 async def test_many_who_complete_one_run_at_once_are_told_the_same_failure(
-    sqlite_url: str, world: World, end: str
+    sqlite_url: str, world: World, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five callers on each of two Spines: one attempt, one error for all; who asks after that begins a new attempt."""
-    held = Held()
-    rollback = well if end == "ROLLED_BACK" else raises(OSError("away"))
-    domains = [Remote(world, rollback=rollback), Remote(world, "no", after=["pay"], forward=held)]
-    here, there = over(sqlite_url, *domains), over(sqlite_url, *domains)
+    reached, let_go, waits = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    wait_for = Attempts._wait_for
+
+    async def noted(*arguments: Any) -> None:
+        waits.set()
+        await wait_for(*arguments)
 
     async def held_back(do: Any) -> Any:
-        held.reached.set()
-        await held.let_go.wait()
+        reached.set()
+        await let_go.wait()
         raise Refused("NO_FUNDS", "the account is empty")
 
-    domains[1].forwards = held_back
+    monkeypatch.setattr(Attempts, "_wait_for", noted)
+    rollback = well if end == "ROLLED_BACK" else raises(OSError("away"))
+    domains = [Remote(world, rollback=rollback), Remote(world, "no", after=["pay"], forward=held_back)]
+    here, there = over(sqlite_url, *domains), over(sqlite_url, *domains)
     async with running(here, there):
         callers = [asyncio.ensure_future(failure(spine)) for spine in (here, there) * 5]
         with anyio.fail_after(20):
-            await held.reached.wait()
-            await until(lambda: here.health().messages.in_flight + there.health().messages.in_flight >= 10)
-            held.let_go.set()
+            await reached.wait()
+            # One of each Spine's callers looks after the transaction, the others wait for that one.
+            await waits.wait()
+            let_go.set()
             errors = await asyncio.gather(*callers)
         assert {(error.phase, error.transaction_id) for error in errors} == {(end, errors[0].transaction_id)}
         assert len({repr(error.domains) for error in errors}) == 1

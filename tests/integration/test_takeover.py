@@ -154,6 +154,12 @@ async def test_what_a_killed_process_left_is_gone_on_with(
                 assert (await spine.why("run-1")).verdict == "rolled_back"
     # What was done is not done again, what was under way is, under the new epoch.
     assert [(str(call), call.effect.epoch) for call in world.calls] == [(stands_at, 2)]
+    intended = {
+        body["effect_id"]: body["descriptor"]
+        for body in journal(database_url, "tx.step")
+        if body.get("move") == "intend"
+    }
+    assert [call.effect.descriptor for call in world.calls] == [intended[call.effect.id] for call in world.calls]
     assert world.standing() == (["pay", "ship"] if end == "COMMITTED" else [])
     assert moves(database_url)[before] == "claimed"
     (told,) = epochs(database_url).values()
@@ -265,17 +271,18 @@ async def test_who_lost_its_transaction_changes_nothing_and_is_told_its_real_end
                 await until(lambda: transactions(url) == [end])
                 await until(lambda: not query(url, "SELECT 1 FROM outbox WHERE state = 'pending'"))
                 before, called = journal(url), len(world.calls)
+                tx_id = journal(url, "tx.begun")[0]["tx_id"]
                 pause.let_go.set()
                 if end == "COMMITTED":
                     done = await caller
                     assert done.is_complete
-                    assert done.transaction_id == before[-1]["tx_id"]
+                    assert done.transaction_id == tx_id
                 else:
                     with pytest.raises(TransactionFailed) as raised:
                         await caller
                     error = raised.value
                     assert (error.phase, error.code, error.failed_domain) == ("ROLLED_BACK", "NO_FUNDS", "ship")
-                    assert error.transaction_id == before[-1]["tx_id"]
+                    assert error.transaction_id == tx_id
                     assert {result.domain: result.state for result in error.domains}["pay"] == "ROLLED_BACK"
                 assert journal(url) == before
     # One that stood between its intent and its call still makes that call, under the epoch by which it is refused.
