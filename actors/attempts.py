@@ -14,13 +14,16 @@ from actors.conduct import UNWRITABLE
 from actors.dependencies import Dependencies
 from actors.endings import TransactionRow
 from actors.outbox import Outbox
+from actors.reconciler import ContractRows
 from actors.records import flat_text
 from actors.refusals import Refusals
 from actors.saga import Driving, Lost, Saga
 from actors.starts import implicit_start
+from actors.verdicts import with_verdict
 from spine.governance.authority import check_start
 from spine.governance.failpoints import BEGIN, of_tx
 from spine.governance.transactions import (
+    INTERRUPTED,
     CompleteRun,
     TransactionFailed,
     TransactionPhase,
@@ -46,7 +49,7 @@ class Row(Protocol):
     def body(self) -> Mapping[str, Any]: ...
 
 
-class Source(Protocol):
+class Source(ContractRows, Protocol):
     """The journal as attempts read it."""
 
     async def transaction(self, run_id: str, completion_key: str) -> TransactionRow | None:
@@ -79,7 +82,8 @@ class Attempts:
         self._outbox = outbox
         self._exchange = deps.exchange
         self._refusals = Refusals(deps, source, parts, driving.recorder)
-        self._running: dict[tuple[str, str], asyncio.Future[None]] = {}
+        # What runs here; each tells those who wait for it which transaction failed.
+        self._running: dict[tuple[str, str], asyncio.Future[str]] = {}
         self._sagas: dict[str, Saga] = {}
         self._stopping = False
 
@@ -101,17 +105,22 @@ class Attempts:
         if problems := completion_problems(request):
             raise await self._refusals.told(envelope, request, endings.invalid(request, problems))
         key = (request.run_id, request.completion_key)
+        waited, mine = "", ""
         while (running := self._running.get(key)) is not None:
             await asyncio.wait([running], timeout=max(0.0, envelope.deadline - self._exchange.clock.monotonic()))
             if envelope.done:
                 raise endings.unavailable(request, "another completion of it took longer than its caller waits")
+            waited = waited or (running.result() if running.done() else "")
         self._running[key] = self._exchange.loop.create_future()
         try:
-            return await self._attempt(envelope, request)
+            return await self._attempt(envelope, request, waited)
+        except TransactionFailed as error:
+            mine = error.transaction_id or ""
+            raise
         except JournalError as error:
             raise endings.unavailable(request, str(error)) from error
         finally:
-            self._running.pop(key).set_result(None)
+            self._running.pop(key).set_result("" if mine == waited else mine)
 
     async def resume(self, plan: Plan) -> None:
         """Go on with a transaction that was taken over; nobody waits for its result."""
@@ -124,7 +133,8 @@ class Attempts:
         finally:
             self._driving.counts["recovered"] += plan.state.in_flight is False
 
-    async def _attempt(self, envelope: Envelope, request: CompleteRun) -> TransactionResult:
+    async def _attempt(self, envelope: Envelope, request: CompleteRun, waited: str) -> TransactionResult:
+        """``waited`` is the transaction whose end the caller waits for: if it was aborted, that is the answer."""
         # What the run's buffered operations left stands before its completion, and is counted by it.
         await self._deps.recorder.flushed()
         digest = completion_digest(request)
@@ -142,17 +152,23 @@ class Attempts:
                         raise await self._refusals.told(envelope, request, endings.conflict(request, prior, digest))
                     if not TxState(prior.state).in_flight:
                         return await self._stored(request, prior)
+                    waited = prior.tx_id
                     await self._wait_for(request, prior)
                     continue
+                if prior is not None and (prior.tx_id, prior.digest) == (waited, digest):
+                    await self._fail_like(request, prior)
                 if (refusal := await self._refusals.of(request)) is not None:
                     start = self._start(request, self._exchange.clock.time_us(), starts=owner is None)
-                    raise await self._refusals.told(envelope, request, refusal, start)
+                    if await self._refusals.recorded(envelope, request, refusal, start):
+                        raise refusal
+                    continue
                 plan = await self._plan(request, prior, digest, starts=owner is None)
                 ended = await (
                     self._saga(envelope, plan, began) if plan.external else self._at_once(envelope, plan, began)
                 )
                 if ended is not None:
                     return ended
+                waited = plan.tx_id
             finally:
                 if owner is None:
                     self._deps.runs.abandoned(request.run_id)
@@ -184,6 +200,7 @@ class Attempts:
             completion.steps_of(self._parts, tx_id),
             counts=(0, 0, 0) if starts else await self._source.operation_counts(request.run_id, request.tenant_id),
             start=self._start(request, now, starts=starts),
+            rows=() if starts else await self._source.contract_rows(request.run_id),
         )
 
     def _start(self, request: CompleteRun, now: int, *, starts: bool) -> list[Record]:
@@ -199,7 +216,7 @@ class Attempts:
         saga = Saga(self._driving, plan, envelope)
         self._sagas[plan.tx_id] = saga
         try:
-            if not await self._settled(plan, await saga.begin()):
+            if not await self._settled(plan.request, await saga.begin()):
                 return None
             self._started(plan)
             result = await self._drive(saga)
@@ -223,13 +240,13 @@ class Attempts:
         self._driving.log.ended(saga.cause, plan, result)
         if plan.state is not TxState.COMMITTED:
             raise endings.failure(plan, result)
-        return await self._publish(saga.cause, result, saga.events)
+        return await self._publish(saga.cause, plan, result, saga.events)
 
     async def _at_once(self, envelope: Envelope, plan: Plan, began: float) -> TransactionResult | None:
         """Complete with LOCAL domains alone: one unit of work; ``None`` when the ground moved."""
         completion.carry_out(plan)
-        if plan.failed is None and (unmet := await self._driving.unmet(plan)) is not None:
-            completion.unmet(plan, unmet)
+        if plan.failed is None:
+            completion.check_contract(plan)
         plan.duration_ms = round((self._exchange.clock.monotonic() - began) * 1e3)
         if plan.failed is None:
             rows, events, result = records.committed(plan, plan.at)
@@ -237,16 +254,18 @@ class Attempts:
             if isinstance(outcome, GuardFailed) and outcome.guard.startswith("write "):
                 plan.state = TxState.EXECUTING
                 completion.guard_failed(plan, outcome.guard, outcome.found, outcome.required)
-            elif not await self._settled(plan, outcome):
+            elif not await self._settled(plan.request, outcome):
                 return None
             else:
                 self._driving.counts["committed"] += 1
                 self._started(plan)
                 self._driving.log.ended(envelope, plan, result)
-                return await self._publish(envelope, result, events)
+                return await self._publish(envelope, plan, result, events)
         rows = records.aborting(plan, plan.at)
         ended, result = records.aborted(plan, plan.at)
-        if not await self._settled(plan, await self._commit(envelope, plan, ["abort", "compensated"], [*rows, *ended])):
+        if not await self._settled(
+            plan.request, await self._commit(envelope, plan, ["abort", "compensated"], [*rows, *ended])
+        ):
             return None
         self._driving.counts["aborted"] += 1
         self._started(plan)
@@ -261,7 +280,7 @@ class Attempts:
         for moment in moments:
             await self._driving.failpoint(f"{moment}.before")
         outcome = await self._driving.recorder.commit(
-            [*plan.start, records.begun(plan), *rows],
+            with_verdict([*plan.start, records.begun(plan), *rows], plan.rows, at=plan.at),
             writes=plan.writes if plan.failed is None else (),
             epoch=plan.governance_epoch,
             run_id=plan.request.run_id,
@@ -272,7 +291,7 @@ class Attempts:
                 await self._driving.failpoint(f"{moment}.after")
         return outcome
 
-    async def _settled(self, plan: Plan, outcome: CommitOutcome) -> bool:
+    async def _settled(self, request: CompleteRun, outcome: CommitOutcome) -> bool:
         """Whether it is written; ``False`` when it must be planned again. Raises when it never will be."""
         match outcome:
             case Committed():
@@ -281,11 +300,11 @@ class Attempts:
                 await self._deps.switch.refresh()
                 return False
             case GuardFailed() if outcome.guard.startswith(UNWRITABLE):
-                raise endings.unavailable(plan.request, f"the record cannot be written: {outcome.guard}")
+                raise endings.unavailable(request, f"the record cannot be written: {outcome.guard}")
             case GuardFailed():
                 return False
             case StorageFailed():
-                raise endings.unavailable(plan.request, outcome.error)
+                raise endings.unavailable(request, outcome.error, unknown=outcome.unknown)
             case _:
                 assert_never(outcome)
 
@@ -296,12 +315,13 @@ class Attempts:
     # -- what is told
 
     async def _publish(
-        self, cause: Envelope | None, result: TransactionResult, events: Sequence[Event]
+        self, cause: Envelope | None, plan: Plan, result: TransactionResult, events: Sequence[Event]
     ) -> TransactionResult:
+        first = not completion.finalised(plan.rows)
         told = [event for event in events if not event.type.startswith(POST)]
-        first_try = self._outbox.deliver(told, cause) if told else None
+        first_try = self._outbox.deliver(told, cause, first=first) if told else None
         for event in events[len(told) :]:
-            self._outbox.deliver([event], cause)
+            self._outbox.deliver([event], cause, first=first)
         if first_try is None:
             return result
         with suppress(TimeoutError), self._exchange.deadlines.limit(FIRST_DELIVERY_S):
@@ -312,10 +332,18 @@ class Attempts:
             self._driving.log.published(cause, told)
         return result
 
+    async def _fail_like(self, request: CompleteRun, prior: TransactionRow) -> None:
+        """Who waited for an attempt that was rolled back is told so, unless nothing but a process's end undid it."""
+        try:
+            await self._stored(request, prior)
+        except TransactionFailed as failed:
+            if failed.code != INTERRUPTED:
+                raise
+
     async def _stored(self, request: CompleteRun, prior: TransactionRow) -> TransactionResult:
         """The result of a completion that ended before; raises what it ended with."""
-        if prior.state != TxState.COMMITTED or prior.seq_ended is None:
-            raise endings.not_committed(request, prior)
-        body = await self._deps.source.body_at(prior.seq_ended)
+        body = {} if prior.seq_ended is None else await self._deps.source.body_at(prior.seq_ended)
+        if prior.state != TxState.COMMITTED or not body:
+            raise endings.not_committed(request, prior, body)
         rows = await self._source.run_rows(request.run_id, "event", "event.published")
         return endings.stored(TransactionResult.from_dict(body["result"]), prior.tx_id, [row.body for row in rows])

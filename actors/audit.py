@@ -1,24 +1,29 @@
 """The audit actor: the journal's only writer in its process; its mailbox is the group-commit queue.
 
-It understands ``Append`` (commit a unit of work) and ``RenewLease``. It takes whatever waits, has it written in one SQL
+It understands ``Append`` (commit a unit of work), ``RenewLease``, and ``ReconcileRun`` (judge a run's contract), which
+continues in an owned task as the sweep over all contracts does. It takes whatever waits, has it written in one SQL
 transaction, and replies after COMMIT. Storage errors are replies, not crashes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, assert_never
 
+from spine.governance.contract import Overall, ReconcileRun, Reconciliation
 from spine.governance.units import CommitOutcome, Committed, StorageFailed, Unit
 from spine.kernel.actor import Actor
 from spine.kernel.errors import ActorCrashed, JournalError
 from spine.kernel.exchange import Exchange
 from spine.kernel.messages import Envelope, Request, Stop
+from spine.kernel.tasks import Tasks
 
 NAME = "audit"
 BATCH_UNITS = 512
 COMMIT_S = 30.0
+# So many runs are judged on demand at a time.
+RECONCILING_MOST = 1024
 
 
 @dataclass(slots=True)
@@ -37,7 +42,7 @@ class RenewLease(Request[None]):
     until_at: int
 
 
-Message = Append | RenewLease | Stop
+Message = Append | RenewLease | ReconcileRun | Stop
 
 
 class Writer(Protocol):
@@ -63,6 +68,18 @@ class Reader(Protocol):
         ...
 
 
+class Contracts(Protocol):
+    """Who keeps the runs' contracts."""
+
+    async def keep(self, tasks: Tasks) -> None:
+        """Judge what is due, until cancelled."""
+        ...
+
+    async def reconcile(self, envelope: Envelope, request: ReconcileRun) -> Reconciliation:
+        """Judge one run now."""
+        ...
+
+
 @dataclass(slots=True)
 class Progress:
     """How far the writing has come; outlives the actor's incarnations."""
@@ -71,6 +88,14 @@ class Progress:
     batches: int = 0
     units: int = 0
     storage_error: str | None = None
+    verdicts: dict[str, int] = field(default_factory=lambda: {overall.value.lower(): 0 for overall in Overall})
+
+    def committed(self, unit: Unit) -> None:
+        """Count the verdicts over contracts that the unit holds."""
+        for record in unit.records:
+            if record.kind == "contract.reconciled" and record.fields["overall"] != record.fields["was"]:
+                verdict = record.fields["overall"].lower()
+                self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
 
     def to_dict(self) -> dict[str, Any]:
         """For health."""
@@ -88,8 +113,12 @@ class Audit(Actor):
 
     name = NAME
 
-    def __init__(self, exchange: Exchange, writer: Writer, reader: Reader, progress: Progress) -> None:
+    def __init__(
+        self, exchange: Exchange, writer: Writer, reader: Reader, contracts: Contracts, progress: Progress
+    ) -> None:
         super().__init__(exchange)
+        self._contracts = contracts
+        self._tasks = Tasks(NAME, limit=RECONCILING_MOST, on_crash=self._task_crashed)
         self._reader = reader
         self._writer = writer
         self._progress = progress
@@ -97,6 +126,14 @@ class Audit(Actor):
 
     def __repr__(self) -> str:
         return f"Audit({self._progress})"
+
+    async def start(self) -> None:
+        """Begin to look after what is due."""
+        self._tasks.spawn(self._contracts.keep(self._tasks), "contracts")
+
+    async def stop(self) -> bool:
+        """Judge no more."""
+        return await self._tasks.cancel(0.5)
 
     async def resume(self, taken: Sequence[Envelope], crash: ActorCrashed | None) -> None:
         """Answer what the crashed incarnation had taken from the journal itself: written or not."""
@@ -125,6 +162,8 @@ class Audit(Actor):
                         batch.append(envelope)
                     case RenewLease():
                         await self._renew(envelope, message)
+                    case ReconcileRun():
+                        self._tasks.answer(envelope, self._contracts.reconcile(envelope, message))
                     case Stop():
                         stopping = True
                         self.exchange.handled(envelope)
@@ -157,6 +196,8 @@ class Audit(Actor):
             await self._reader.close()
         self._storage(failed)
         for envelope, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, Committed):
+                progress.committed(envelope.payload.unit)
             if envelope.reply_to is None:
                 self.exchange.handled(envelope)
             else:
@@ -190,3 +231,6 @@ class Audit(Actor):
             await self._writer.renew_lease(self._leased, self.exchange.clock.time_us() - 1)
         except JournalError as error:
             self.exchange.tracer.fault("spine.lease.kept", exc=error)
+
+    def _task_crashed(self, name: str, error: BaseException) -> None:
+        self.exchange.tracer.fault("spine.task.crashed", exc=error, actor=NAME, task=name)

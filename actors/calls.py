@@ -6,9 +6,8 @@ import asyncio
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
-import anyio
-import anyio.to_thread
 import structlog
 from pydantic import BaseModel
 
@@ -17,6 +16,7 @@ from spine.governance.operations import Execute, Nested, Operation, OperationCon
 from spine.governance.params import Accepted
 from spine.kernel.errors import describe
 from spine.kernel.messages import Envelope
+from spine.kernel.threads import Threads
 
 # A caller is answered at most this long after the operation's own deadline: time to cancel and to record.
 ANSWER_MARGIN_S = 10.0
@@ -40,12 +40,10 @@ class Call:
         "envelope",
         "handling",
         "key",
-        "limiter",
         "missing",
         "name",
         "on_stuck",
         "operation",
-        "preset",
         "queue_us",
         "request",
         "run_id",
@@ -53,6 +51,8 @@ class Call:
         "slotted",
         "task",
         "tenant_id",
+        "thread",
+        "threads",
         "told",
         "verdict",
     )
@@ -85,9 +85,9 @@ class Call:
         self.settled = False
         self.slotted = False
         self.begins_run = False
-        self.preset = False
         self.told: str | None = None
-        self.limiter: anyio.CapacityLimiter | None = None
+        self.threads: Threads | None = None
+        self.thread: asyncio.Future[object] | None = None
         self.on_stuck: Callable[[Call], None] | None = None
 
     def context(self, missing: list[str], nested: Nested | None = None) -> OperationContext:
@@ -110,6 +110,7 @@ class Call:
     def let_go(self) -> None:
         """Drop what refers back to the call, so that it is freed at once and not by the garbage collector."""
         self.task = None
+        self.thread = None
         self.ctx = None
         self.on_stuck = None
 
@@ -124,6 +125,10 @@ class Call:
             self.cause = cause
             if self.handling and self.task is not None:
                 self.task.cancel()
+                exchange = self.envelope.exchange
+                exchange.deadlines.discard(self.deadline, self)
+                self.deadline = exchange.clock.monotonic() + CANCEL_GRACE_S
+                exchange.deadlines.add(self.deadline, self)
 
     def expire(self) -> None:
         """The operation's deadline passed: cancel the handler, and if it will not end, go on without it."""
@@ -131,8 +136,6 @@ class Call:
             return
         if self.cause is None:
             self.interrupt("TIMEOUT")
-            self.deadline += CANCEL_GRACE_S
-            self.envelope.exchange.deadlines.add(self.deadline, self)
         elif not self.settled and self.on_stuck is not None:
             self.on_stuck(self)
 
@@ -150,14 +153,16 @@ async def run_handler(call: Call) -> OperationResult:
         operation=call.name,
         decision_id=call.decision_id,
     )
-    deadline = call.deadline
-    exchange.deadlines.add(deadline, call)
+    exchange.deadlines.add(call.deadline, call)
     call.handling = True
     try:
         if operation.is_async:
             value = await operation.handler(ctx)
         else:
-            value = await anyio.to_thread.run_sync(operation.handler, ctx, abandon_on_cancel=True, limiter=call.limiter)
+            assert call.threads is not None
+            call.thread = call.threads.run(partial(operation.handler, ctx))
+            # The thread cannot be cancelled: the wait for it can.
+            value = await asyncio.shield(call.thread)
     except asyncio.CancelledError:
         return _cancelled(call)
     except BaseException as error:  # noqa: BLE001  a handler is foreign code: its failure is an outcome, recorded
@@ -166,7 +171,6 @@ async def run_handler(call: Call) -> OperationResult:
         return _raised(call, error)
     finally:
         call.handling = False
-        exchange.deadlines.discard(deadline, call)
         exchange.deadlines.discard(call.deadline, call)
     if call.cause is not None:
         return _cancelled(call)
@@ -179,14 +183,15 @@ def _cancelled(call: Call) -> OperationResult:
     if task is not None:
         while task.cancelling() > 0:
             task.uncancel()
+    effect = "what it did before that may have taken effect"
+    if call.thread is not None and not call.thread.done():
+        effect = "its thread cannot be cancelled and keeps its slot until it ends: what it does may take effect"
     match call.cause:
         case "TIMEOUT":
             assert call.operation is not None
             allowed = min(call.operation.timeout_s, call.request.timeout_s)
             return OperationResult.fail(
-                f"operation {call.name!r} did not end within {allowed:g} s and was cancelled: what it did before that "
-                "may have taken effect",
-                "TIMEOUT",
+                f"operation {call.name!r} did not end within {allowed:g} s and was cancelled: {effect}", "TIMEOUT"
             )
         case None if not asked:
             return OperationResult.fail(
@@ -194,8 +199,7 @@ def _cancelled(call: Call) -> OperationResult:
             )
         case _:
             return OperationResult.fail(
-                f"operation {call.name!r} was cancelled because the Spine stopped or its registry restarted: what it "
-                "did before that may have taken effect",
+                f"operation {call.name!r} was cancelled because the Spine stopped or its registry restarted: {effect}",
                 "INTERRUPTED",
             )
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import orjson
 
 from actors.records import recordable, text
+from actors.verdicts import lacking
 from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of
+from spine.explain.story import JournalRow
+from spine.governance.contract import FINALIZE, AckStatus
+from spine.governance.params import detached, id_problem
 from spine.governance.transactions import (
     CompleteRun,
     DomainClass,
@@ -52,7 +57,7 @@ class Step:
         """The id of what the domain wrote or did: what it returned as ``id``, else the effect's own."""
         if self.result is not None:
             given = self.result.get("id")
-            return given if isinstance(given, str) and given else self.effect_id
+            return self.effect_id if id_problem("id", given) else str(given)
         return self.effect_id if self.state is StepState.DONE else None
 
 
@@ -60,7 +65,8 @@ class Step:
 class Plan:
     """A transaction as its driver knows it; ``failed`` is the step that refused or failed, ``code`` and ``error`` how.
 
-    ``flags`` are the four authority fields it was accepted under, ``epoch`` the fencing token it is driven with.
+    ``flags`` are the four authority fields it was accepted under, ``epoch`` the fencing token it is driven with,
+    ``rows`` what the journal held of the run's contract when it was planned.
     """
 
     request: CompleteRun
@@ -82,6 +88,7 @@ class Plan:
     cause: BaseException | None = None
     duration_ms: int = 0
     start: list[Record] = field(default_factory=list)
+    rows: Sequence[JournalRow] = ()
 
     @property
     def writes(self) -> list[Write]:
@@ -145,14 +152,25 @@ def steps_of(parts: Sequence[Part], tx_id: str) -> list[Step]:
     ]
 
 
+def finalised(rows: Iterable[JournalRow]) -> bool:
+    """Whether a completion of the run was committed before, under whatever key."""
+    return any(
+        (body.get("domain"), body.get("action")) == FINALIZE and body.get("status") == AckStatus.SUCCESS
+        for body in (row.body for row in rows)
+    )
+
+
 def contract_step(plan: Plan) -> Step:
     """What stands for the run's contract where a domain would be named."""
     return Step(len(plan.steps), "contract", DomainClass.LOCAL, "reconcile", (), plan.tx_id, None)
 
 
-def unmet(plan: Plan, reason: str) -> None:
-    """Refuse the commit of a run that is bound to its contract."""
-    fail(plan, contract_step(plan), StepState.REFUSED, "CONTRACT_UNMET", reason, None)
+def check_contract(plan: Plan) -> None:
+    """Refuse the commit of a run that is bound to its contract while something it promised is not delivered."""
+    found = lacking(plan.rows, [(step.name, step.action) for step in plan.steps])
+    if found:
+        reason = "; ".join(map(str, found))
+        fail(plan, contract_step(plan), StepState.REFUSED, "CONTRACT_UNMET", reason, None)
 
 
 def carry_out(plan: Plan) -> None:
@@ -190,10 +208,19 @@ def as_json(given: object, what: str) -> Mapping[str, Any]:
     if not isinstance(given, Mapping):
         raise TypeError(f"{what} is not a mapping")
     try:
-        found: dict[str, Any] = orjson.loads(recordable(given))
+        encoded = recordable(given)
     except ValueError as error:
         raise ValueError(f"{what} {error}") from error
+    if b"null" in encoded and not _finite(detached(given)):
+        raise ValueError(f"{what} is not JSON (it holds a number that is not finite)")
+    found: dict[str, Any] = orjson.loads(encoded)
     return found
+
+
+def _finite(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, list) else not isinstance(value, float) or isfinite(value)
 
 
 def fail_with(plan: Plan, step: Step, error: BaseException) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from functools import partial
+from threading import get_ident
 from typing import Any, Protocol, assert_never
 
 from actors import records
@@ -12,7 +13,7 @@ from actors.dependencies import Dependencies
 from spine.governance.authority import AuthorityDecision, Verdict, flat
 from spine.governance.operations import Execute, OperationResult, ungoverned
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, StaleEpoch, StorageFailed
-from spine.kernel.errors import ActorCrashed, JournalError, MailboxClosed, Overloaded, describe
+from spine.kernel.errors import ActorCrashed, ConfigurationError, JournalError, MailboxClosed, Overloaded, describe
 from spine.kernel.messages import Lane
 
 REGISTRY = "registry"
@@ -37,6 +38,7 @@ class Conduct:
         self._authority = authority
         self._deps = dependencies
         self._now = dependencies.exchange.clock.monotonic
+        self._thread = get_ident()
 
     async def run(self, call: Call, refusal: AuthorityDecision | None) -> None:
         """Answer the call, whatever happens on the way."""
@@ -67,6 +69,12 @@ class Conduct:
             self._deps.recall.settle(call, answer if answer.durable else None)
         call.envelope.reply(answer)
 
+    def tell_late(self, call: Call) -> None:
+        """A handler ended after its caller had been answered without it."""
+        self._deps.exchange.tracer.fault(
+            "spine.operation.late", operation=call.name, decision_id=call.decision_id, run_id=call.run_id
+        )
+
     async def _answer(self, call: Call, refusal: AuthorityDecision | None) -> OperationResult:
         refusal = refusal or self._overdue(call)
         if refusal is None and call.key is not None:
@@ -91,9 +99,7 @@ class Conduct:
         call.ctx = call.context([], nested=partial(self._nested, call))
         result = await run_handler(call)
         if call.settled:
-            self._deps.exchange.tracer.fault(
-                "spine.operation.late", operation=call.name, decision_id=call.decision_id, run_id=call.run_id
-            )
+            self.tell_late(call)
             return result
         return await self._outcome(call, result, began)
 
@@ -152,7 +158,6 @@ class Conduct:
                 return self._unavailable(call, "the governance state kept changing while the decision was recorded")
 
     async def _decide_once(self, call: Call, refusal: AuthorityDecision | None, starts: bool) -> CommitOutcome | None:
-        call.preset = refusal is not None
         if refusal is not None:
             # A refused call owns no key: it must not answer for the call that does, or for the next try.
             if call.key is not None:
@@ -175,8 +180,20 @@ class Conduct:
             "TENANT_MISMATCH",
         )
 
-    async def _nested(self, call: Call, operation: str, params: Mapping[str, Any] | None) -> OperationResult:
+    def _nested(self, call: Call, operation: str, params: Mapping[str, Any] | None) -> Awaitable[OperationResult]:
+        if get_ident() != self._thread:
+            raise ConfigurationError(
+                f"the synchronous handler of {call.name!r} called execute outside the event loop: call "
+                "anyio.from_thread.run(ctx.execute, operation, params) in it, or make it async"
+            )
+        return self._nest(call, operation, params)
+
+    async def _nest(self, call: Call, operation: str, params: Mapping[str, Any] | None) -> OperationResult:
         """A handler calls another operation: through the spine mailbox, in the time that is left."""
+        if call.settled or not call.handling:
+            raise ConfigurationError(
+                f"execute was called for the handler of {call.name!r} after its end: what it starts it must wait for"
+            )
         left = max(call.deadline - self._now(), 1e-3)
         exchange = self._deps.exchange
         request = Execute(operation, str(call.tenant_id), call.run_id, params, None, left, call.decision_id)

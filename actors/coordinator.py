@@ -1,8 +1,8 @@
 """The coordinator: completes runs, all domains or none, and records what workers report about them.
 
-It understands ``CompleteRun``, ``ResolveTransaction``, ``RetryTransaction``, ``CreatePolicyEvaluation`` and
-``EmitLesson``. Each continues in an owned task: a completion of LOCAL domains is one unit of work, one with domains
-outside is driven by a saga. What is committed is handed to the outbox; what was left in flight is taken over.
+It understands ``CompleteRun``, ``ResolveTransaction``, ``RetryTransaction``, ``CreatePolicyEvaluation``, ``EmitLesson``
+and ``Acknowledge``. Each continues in an owned task: a completion of LOCAL domains is one unit of work, one with
+domains outside is driven by a saga. What is committed is handed to the outbox; what was left in flight is taken over.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol, assert_never, cast
 
 from actors import attempts, outbox, takeover
 from actors.attempts import Attempts
-from actors.completion import Plan, parts_of
+from actors.completion import parts_of
 from actors.dependencies import Dependencies
 from actors.effect_calls import EffectCalls
 from actors.outbox import Outbox
@@ -26,6 +26,7 @@ from actors.takeover import Takeover
 from actors.transaction_log import TransactionLog
 from spine.domains import Participant, class_of
 from spine.effects import Post
+from spine.governance.contract import Acknowledge
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.failpoints import Failpoint
 from spine.governance.parking import ResolveTransaction, RetryTransaction
@@ -36,7 +37,7 @@ from spine.kernel.tasks import Tasks
 from spine.publisher import Publisher
 
 NAME = "coordinator"
-STOP_S = 4.0
+STOP_S = 3.0
 COUNTED = (
     "committed",
     "aborted",
@@ -47,7 +48,7 @@ COUNTED = (
     "events_failed",
     "events_stuck",
 )
-Message = CompleteRun | ResolveTransaction | RetryTransaction | CreatePolicyEvaluation | EmitLesson
+Message = CompleteRun | ResolveTransaction | RetryTransaction | CreatePolicyEvaluation | EmitLesson | Acknowledge
 
 
 class Source(attempts.Source, outbox.PendingEvents, takeover.StrandedSource, Protocol):
@@ -98,6 +99,7 @@ class Coordinator(Actor):
             own.publisher,
             posts=posts,
             redeliver=own.redeliver,
+            calls=self._calls,
             failpoint=own.failpoint,
             instance=deps.instance,
             counts=own.counts,
@@ -113,7 +115,7 @@ class Coordinator(Actor):
             own.retry,
             own.counts,
             TransactionLog(deps.exchange.tracer),
-            self._unmet,
+            own.source,
         )
         self._attempts = Attempts(deps, own.source, parts, driving, self._outbox)
         self._takeover = Takeover(
@@ -166,11 +168,10 @@ class Coordinator(Actor):
                 self._tasks.answer(envelope, self._reports.evaluation(envelope, message))
             case EmitLesson():
                 self._tasks.answer(envelope, self._reports.lesson(envelope, message))
+            case Acknowledge():
+                self._tasks.answer(envelope, self._reports.acknowledge(envelope, message))
             case _:
                 assert_never(message)
-
-    async def _unmet(self, _plan: Plan) -> str | None:
-        return None
 
     def _task_crashed(self, name: str, error: BaseException) -> None:
         self.exchange.tracer.fault("spine.task.crashed", exc=error, actor=NAME, task=name)

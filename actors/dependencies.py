@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from actors.calls import Call
 from actors.recall import KeySource, Recall
+from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.recovery import OpenDecisions, Recovery
 from actors.runs import KnownRuns, RunSource
@@ -21,8 +22,8 @@ from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 
 
-class Source(RunSource, KeySource, GovernanceSource, OpenDecisions, Protocol):
-    """The journal as the registry reads it."""
+class Source(RunSource, KeySource, GovernanceSource, OpenDecisions, ContractRows, Protocol):
+    """The journal as registry and coordinator read it."""
 
 
 @dataclass(slots=True)

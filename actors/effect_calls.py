@@ -55,7 +55,7 @@ class EffectCalls:
         await self._failpoint(f"{of_call(what)}.before")
         running = _Running(self._exchange, effect.deadline)
         try:
-            running.task = self._tasks.spawn(running.run(method(effect)), f"{what} {name} {effect.id}")
+            running.task = self._tasks.spawn(running.run(method, effect), f"{what} {name} {effect.id}")
         except Overloaded as error:
             return Unanswered("OVERLOADED", str(error), error)
         self._exchange.deadlines.add(effect.deadline, running)
@@ -87,9 +87,9 @@ class _Running:
         self._value: Any = None
         self._error: BaseException | None = None
 
-    async def run(self, work: Awaitable[Any]) -> None:
+    async def run(self, method: Method, effect: Effect) -> None:
         try:
-            self._value = await work
+            self._value = await method(effect)
         except BaseException as error:  # noqa: BLE001  a domain is foreign code: its failure is an answer
             self._error = error
         self._end()

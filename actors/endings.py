@@ -62,12 +62,16 @@ def foreign(request: CompleteRun) -> TransactionFailed:
     )
 
 
-def not_committed(request: CompleteRun, prior: TransactionRow) -> TransactionFailed:
-    """The error of a completion that waits, parked, for an operator."""
+def not_committed(request: CompleteRun, prior: TransactionRow, body: Mapping[str, Any]) -> TransactionFailed:
+    """The error of a completion that was undone, or waits, parked, for an operator; ``body`` records that."""
+    parked, why = prior.state == TxState.PARKED, f", {body.get('failed_domain')!r}: {body.get('error')}"
     return TransactionFailed(
-        f"run {request.run_id!r}: transaction {prior.tx_id} is {prior.state}; see `spine why {request.run_id}`",
-        TransactionPhase.PARKED if prior.state == TxState.PARKED else TransactionPhase.FAILED,
-        code=prior.state,
+        f"run {request.run_id!r}: transaction {prior.tx_id} is {prior.state}"
+        f"{why if body.get('error') else ''}; see `spine why {request.run_id}`",
+        TransactionPhase.PARKED if parked else TransactionPhase.ROLLED_BACK,
+        body.get("result"),
+        code=prior.state if parked else body.get("code", prior.state),
+        failed_domain=body.get("failed_domain"),
         transaction_id=prior.tx_id,
     )
 
@@ -119,11 +123,16 @@ def conflict(request: CompleteRun, prior: TransactionRow, digest: str) -> Comple
     )
 
 
-def unavailable(request: CompleteRun, detail: str) -> TransactionFailed:
-    """The error of a completion whose record is not taken."""
-    return TransactionFailed(
-        f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free "
-        "its storage and complete the run again",
-        TransactionPhase.FAILED,
-        code="JOURNAL_UNAVAILABLE",
-    )
+def unavailable(request: CompleteRun, detail: str, *, unknown: bool = False) -> TransactionFailed:
+    """The error of a completion whose record is not taken, or of which it is ``unknown`` whether it was."""
+    if unknown:
+        message = (
+            f"it is not known whether run {request.run_id!r} was completed: {detail}; complete the run again, what "
+            "stands is told then"
+        )
+    else:
+        message = (
+            f"run {request.run_id!r} was not completed because the journal does not take the record: {detail}; free "
+            "its storage and complete the run again"
+        )
+    return TransactionFailed(message, TransactionPhase.FAILED, code="JOURNAL_UNAVAILABLE")

@@ -10,17 +10,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from actors.effect_calls import Answered, EffectCalls, Unanswered
+from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.records import ack
+from actors.reload import Row
+from actors.verdicts import VERDICT, with_verdict
+from spine.domains import Refused
 from spine.effects import Effect, Post, timeout_of
-from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint, of_call
-from spine.governance.units import Committed, Record
+from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint
+from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record
 from spine.kernel.errors import JournalError, Overloaded
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
-from spine.kernel.tasks import Tasks
+from spine.kernel.tasks import Tasks, cancelling
 from spine.publisher import POST, Event, Publisher
 
 PUBLISH_S = 10.0
@@ -32,7 +37,7 @@ RELOAD_S = 5.0
 STUCK_ATTEMPTS = 5
 
 
-class PendingEvents(Protocol):
+class PendingEvents(ContractRows, Protocol):
     """Where undelivered events are found."""
 
     async def living(self, now_us: int) -> set[str]:
@@ -41,6 +46,10 @@ class PendingEvents(Protocol):
 
     async def pending_events(self, limit: int) -> Sequence[Mapping[str, Any]]:
         """The bodies of the oldest undelivered events, in order."""
+        ...
+
+    async def run_rows(self, run_id: str, *kinds: str) -> Sequence[Row]:
+        """The rows of the run in order; of these kinds if some are named."""
         ...
 
 
@@ -54,9 +63,10 @@ class _Delivery:
 
 @dataclass(slots=True)
 class _Line:
-    """What one run has waiting."""
+    """What one run has waiting; once something of it found no room, nothing may follow."""
 
     waiting: deque[_Delivery] = field(default_factory=deque)
+    cut: bool = False
 
 
 class Outbox:
@@ -72,6 +82,7 @@ class Outbox:
         *,
         posts: Mapping[str, Post],
         redeliver: bool,
+        calls: EffectCalls,
         failpoint: Failpoint,
         instance: str,
         counts: dict[str, int],
@@ -83,6 +94,7 @@ class Outbox:
         self._publisher = publisher
         self._posts = posts
         self._redeliver = redeliver
+        self._calls = calls
         self._failpoint = failpoint
         self._instance = instance
         self._counts = counts
@@ -103,26 +115,31 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._queued)
 
-    def deliver(self, events: Sequence[Event], cause: Envelope | None = None) -> asyncio.Future[bool]:
+    def deliver(
+        self, events: Sequence[Event], cause: Envelope | None = None, *, first: bool = False
+    ) -> asyncio.Future[bool]:
         """Queue committed events of one run; the future tells whether the first try delivered them.
 
-        ``cause`` is the message whose commit they follow, if this process took it.
+        ``cause`` is the message whose commit they follow, if this process took it; ``first`` tells that no event of the
+        run waits before them: else that is looked up.
         """
         first_try: asyncio.Future[bool] = self._exchange.loop.create_future()
         new = [event for event in events if event.event_id not in self._queued]
-        if not new or len(self._queued) >= QUEUED_MOST:
+        line = self._lines.get(new[0].run_id) if new else None
+        if line is not None:
+            line.cut |= len(self._queued) >= QUEUED_MOST
+        if not new or len(self._queued) >= QUEUED_MOST or (line is not None and line.cut):
             # They are durable as pending: the next reload finds them.
             first_try.set_result(not events)
             return first_try
         self._queued.update(event.event_id for event in new)
         run_id = new[0].run_id
-        line = self._lines.get(run_id)
         if line is not None:
             line.waiting.append(_Delivery(new, first_try, cause))
             return first_try
         line = self._lines[run_id] = _Line(deque([_Delivery(new, first_try, cause)]))
         try:
-            self._tasks.spawn(self._serve(run_id, line), f"outbox {run_id}")
+            self._tasks.spawn(self._serve(run_id, line, first=first), f"outbox {run_id}")
         except Overloaded:
             del self._lines[run_id]
             self._queued.difference_update(event.event_id for event in new)
@@ -150,19 +167,42 @@ class Outbox:
                 ours = list(itertools.takewhile(partial(self._takes, others), events))
                 if ours and run_id not in self._lines:
                     for event in ours:
-                        self.deliver([event])
+                        self.deliver([event], first=True)
             await clock.sleep_until(clock.monotonic() + RELOAD_S)
 
     def _takes(self, others: Container[str], event: Event) -> bool:
         """Whether this Spine delivers it: no living one will, and it has the domain, or a publisher of its own."""
+        if event.instance == self._instance:
+            return True
         if event.instance in others:
             return False
         if event.type.startswith(POST):
             return event.type.removeprefix(POST) in self._posts
         return self._redeliver
 
-    async def _serve(self, run_id: str, line: _Line) -> None:
+    async def _makes_way(self, run_id: str, line: _Line) -> bool:
+        """Put before the line what of the run still waits in the journal; ``False`` when others must deliver that."""
         try:
+            bodies = [row.body for row in await self._source.run_rows(run_id, "event", "event.published")]
+            others = await self._source.living(self._exchange.clock.time_us()) - {self._instance}
+        except JournalError as error:
+            self._exchange.tracer.fault("spine.outbox.unreadable", exc=error)
+            return False
+        done = {event_id for body in bodies if body["kind"] == "event.published" for event_id in body["event_ids"]}
+        waiting = [event_of(body) for body in bodies if body["kind"] == "event" and body["event_id"] not in done]
+        own = line.waiting[0].events[0].event_id
+        ahead = list(itertools.takewhile(lambda event: event.event_id != own, waiting))
+        if not all(self._takes(others, event) for event in ahead):
+            return False
+        for event in reversed(ahead):
+            self._queued.add(event.event_id)
+            line.waiting.appendleft(_Delivery([event], self._exchange.loop.create_future(), None))
+        return True
+
+    async def _serve(self, run_id: str, line: _Line, *, first: bool) -> None:
+        try:
+            if not first and not await self._makes_way(run_id, line):
+                return
             while line.waiting:
                 delivery = line.waiting[0]
                 await self._deliver(delivery)
@@ -220,32 +260,41 @@ class Outbox:
             },
         )
         # Who is told that its events are published finds that in the journal.
-        rows = [done, *(self._ack(event) for event in delivery.events if event.type.startswith(POST))]
-        recorded = await self._recorder.commit(rows, run_id=first.run_id, parent=delivery.cause)
+        recorded = await self._record(
+            delivery, [done, *(self._ack(e) for e in delivery.events if e.type.startswith(POST))]
+        )
         await self._failpoint(f"{PUBLISHED}.after")
         if not delivery.first_try.done():
             delivery.first_try.set_result(isinstance(recorded, Committed))
 
+    async def _record(self, delivery: _Delivery, rows: list[Record]) -> CommitOutcome:
+        """Record a delivery; what a POST domain acknowledges may be the last word that the contract waited for."""
+        run_id = delivery.events[0].run_id
+        while True:
+            judged = rows
+            if len(rows) > 1:
+                judged = with_verdict(rows, await self._source.contract_rows(run_id), at=rows[0].at)
+            outcome = await self._recorder.commit(judged, run_id=run_id, parent=delivery.cause)
+            if not (isinstance(outcome, GuardFailed) and outcome.guard == VERDICT):
+                return outcome
+
     async def _publish(self, event: Event, attempt: int) -> BaseException | None:
-        moment = of_call("post") if event.type.startswith(POST) else PUBLISH
-        await self._failpoint(f"{moment}.before")
+        if event.type.startswith(POST):
+            return await self._post(event, attempt)
+        await self._failpoint(f"{PUBLISH}.before")
         try:
-            if event.type.startswith(POST):
-                await self._post(event, attempt)
-            else:
-                with self._exchange.deadlines.limit(PUBLISH_S):
-                    await self._publisher.publish(event)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # noqa: BLE001  foreign code: whatever it raises is logged and tried again
+            with self._exchange.deadlines.limit(PUBLISH_S):
+                await self._publisher.publish(event)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and cancelling():
+                raise
             return error
-        await self._failpoint(f"{moment}.after")
+        await self._failpoint(f"{PUBLISH}.after")
         return None
 
-    async def _post(self, event: Event, attempt: int) -> None:
-        domain = self._posts[event.type.removeprefix(POST)]
-        seconds = timeout_of(domain)
-        deadline = self._exchange.clock.monotonic() + seconds
+    async def _post(self, event: Event, attempt: int) -> BaseException | None:
+        name = event.type.removeprefix(POST)
+        domain = self._posts[name]
         effect = Effect(
             event.event_id,
             event.tx_id,
@@ -253,11 +302,16 @@ class Outbox:
             event.tenant_id,
             event.epoch,
             attempt,
-            deadline,
+            self._exchange.clock.monotonic() + timeout_of(domain),
             event.payload["descriptor"],
         )
-        with self._exchange.deadlines.limit(seconds):
-            await domain.post(effect)
+        match await self._calls.call(name, "post", domain.post, effect):
+            case Answered():
+                return None
+            case Unanswered() as answer:
+                return answer.cause or TimeoutError(answer.error)
+            case Refused() as refusal:
+                return refusal
 
     def _ack(self, event: Event) -> Record:
         return ack(

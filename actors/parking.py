@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from actors import transaction_records as records
 from actors.completion import Part, Plan
+from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.records import text
 from actors.reload import KINDS, reload
 from actors.takeover import StrandedSource
+from actors.verdicts import with_verdict
 from spine.governance.failpoints import Failpoint, of_tx
 from spine.governance.parking import ResolveTransaction, RetryTransaction, validate
 from spine.governance.transactions import TxState
@@ -20,6 +22,10 @@ from spine.kernel.exchange import Exchange
 from spine.kernel.messages import Envelope
 
 
+class Source(StrandedSource, ContractRows, Protocol):
+    """The journal as parking reads it."""
+
+
 class Parking:
     """Moves parked transactions on; every move is journaled with who and why."""
 
@@ -27,7 +33,7 @@ class Parking:
         self,
         exchange: Exchange,
         recorder: Recorder,
-        source: StrandedSource,
+        source: Source,
         parts: Sequence[Part],
         *,
         instance: str,
@@ -50,7 +56,8 @@ class Parking:
             reason=request.reason,
             actor=request.actor,
         )
-        await self._write(envelope, plan, "resolve", rows)
+        known = await self._source.contract_rows(plan.request.run_id)
+        await self._write(envelope, plan, "resolve", with_verdict(rows, known, at=self._exchange.clock.time_us()))
         return _told(plan)
 
     async def retry(self, envelope: Envelope, request: RetryTransaction) -> dict[str, Any]:
@@ -60,7 +67,8 @@ class Parking:
         fields = {
             **records.identity(plan),
             "state": TxState.COMPENSATING.value,
-            "instance": self._instance,
+            # Nobody's until it is claimed: this Spine may live on and not have the domains.
+            "instance": "",
             "reason": text(request.reason),
             "actor": text(request.actor),
         }

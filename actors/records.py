@@ -10,7 +10,7 @@ import orjson
 
 from actors.calls import Call
 from spine.governance.authority import ALLOW, AuthorityDecision, GovernanceState, RuleOutcome, Verdict, flat
-from spine.governance.contract import Expectation
+from spine.governance.contract import START_TRACE, Ack, AckStatus, Expectation, reconcile
 from spine.governance.operations import OperationResult
 from spine.governance.params import PARAMS_MOST_BYTES, InvalidParams, detached, plain
 from spine.governance.units import Record
@@ -150,8 +150,10 @@ def run_started(
     instance: str,
     implicit: bool,
     expectations: tuple[Expectation, ...],
+    block_unmet: bool = False,
 ) -> list[Record]:
     """The start of a run with what it promises, and the acknowledgement that its trace began."""
+    traced = [Ack(*START_TRACE, AckStatus.SUCCESS, run_id)]
     started = Record(
         "run.started",
         at,
@@ -163,11 +165,13 @@ def run_started(
             "instance": instance,
             "epoch": state.epoch,
             "expectations": [expectation.to_dict() for expectation in expectations],
+            "due_at": reconcile([expectation.due(at) for expectation in expectations], traced, at).due_at,
+            "block_unmet": block_unmet,
             "decision": decision.to_dict(),
             **flat_text(decision, state),
         },
     )
-    return [started, ack(run_id, tenant_id, "logs", "start_trace", at=at, tx_id=None, result_id=run_id)]
+    return [started, ack(run_id, tenant_id, *START_TRACE, at=at, tx_id=None, result_id=run_id)]
 
 
 def run_denied(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from actors import endings
 from actors.completion import Part
 from actors.dependencies import Dependencies
 from actors.recorder import Recorder
@@ -20,8 +21,7 @@ from spine.governance.transactions import (
     TransactionFailed,
     TransactionPhase,
 )
-from spine.governance.units import Committed, Record
-from spine.kernel.errors import SpineError
+from spine.governance.units import Committed, Record, StorageFailed
 from spine.kernel.messages import Envelope
 
 Refusal = TransactionFailed | CompletionConflict | RollbackNotSupportedError
@@ -68,18 +68,26 @@ class Refusals:
                 )
         return None
 
-    async def told(
+    async def told(self, envelope: Envelope, request: CompleteRun, refusal: Refusal) -> Refusal:
+        """The refusal, recorded."""
+        await self.recorded(envelope, request, refusal)
+        return refusal
+
+    async def recorded(
         self, envelope: Envelope, request: CompleteRun, refusal: Refusal, start: Sequence[Record] = ()
-    ) -> SpineError:
-        """The refusal, on the record with the ``start`` of a run that it is the first word of."""
+    ) -> bool:
+        """Record a refusal, with the ``start`` of a run that it is the first word of.
+
+        ``False`` when somebody else started that run meanwhile. Raises ``TransactionFailed`` when the journal takes
+        nothing.
+        """
         sound = {
             name: value if id_problem(name, value) is None else None
             for name, value in (("run_id", request.run_id), ("tenant_id", request.tenant_id))
         }
-        code = _code(refusal)
+        code, key = _code(refusal), request.completion_key
         # Another tenant's word is no part of the run's story, nor is one whose own tenant is not known.
         foreign = code == "TENANT_MISMATCH" or sound["tenant_id"] is None
-        key = request.completion_key
         fields = {
             "run_id": None if foreign else sound["run_id"],
             "claimed_run_id": sound["run_id"] if foreign else None,
@@ -89,13 +97,18 @@ class Refusals:
             "reason": text(str(refusal)),
         }
         record = Record("tx.refused", self._deps.exchange.clock.time_us(), fields)
+        outcome = await self._recorder.commit([*start, record], run_id=sound["run_id"], parent=envelope)
+        if isinstance(outcome, StorageFailed):
+            raise endings.unavailable(request, outcome.error, unknown=outcome.unknown)
+        if not isinstance(outcome, Committed):
+            return False
+        if start:
+            self._deps.runs.started(request.run_id, request.tenant_id)
         tracer = self._deps.exchange.tracer
         if tracer.decisions:
-            tracer.decision("spine.transaction.refused", actor="coordinator", **tracer.identity(envelope), **fields)
-        outcome = await self._recorder.commit([*start, record], run_id=sound["run_id"], parent=envelope)
-        if start and isinstance(outcome, Committed):
-            self._deps.runs.started(request.run_id, request.tenant_id)
-        return refusal
+            facts = {name: fields[name] for name in ("tenant_id", "completion_key", "code", "reason")}
+            tracer.decision("spine.transaction.refused", actor="coordinator", **tracer.identity(envelope), **facts)
+        return True
 
 
 def _code(refusal: Refusal) -> str:

@@ -35,6 +35,7 @@ from spine.kernel.actor import Actor
 from spine.kernel.errors import Overloaded, SpineError, describe
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
+from spine.kernel.threads import Threads
 
 NAME = "registry"
 STOP_S = 4.0
@@ -52,12 +53,8 @@ class Registry(Actor):
         self._tasks = Tasks(NAME, limit=dependencies.calls_most, on_crash=self._task_crashed)
         self._slots = Slots(dependencies.operations, self.exchange.deadlines, self._slot_timeout, self._gone)
         self._conduct = Conduct(self, dependencies)
-        # A thread for each slot: anyio's shared limit would let one slow operation stall every other.
-        self._limiters = {
-            name: anyio.CapacityLimiter(operation.concurrency)
-            for name, operation in dependencies.operations.items()
-            if not operation.is_async
-        }
+        # A thread for each slot: a shared limit would let one slow operation stall every other.
+        self._threads = Threads("spine-handler")
         self._calls = dependencies.calls
         self._housekeeping: asyncio.Task[None] | None = None
 
@@ -78,10 +75,11 @@ class Registry(Actor):
         if self._housekeeping is not None:
             self._housekeeping.cancel()
         self.interrupt()
+        self._threads.close()
         ended = await self._tasks.drained(STOP_S) or await self._tasks.cancel(0.5)
         with anyio.move_on_after(STOP_S):
             await self._deps.recorder.flushed()
-        return ended
+        return ended and not self._calls
 
     def interrupt(self) -> None:
         """Cancel every running handler and refuse every call that waits for a slot."""
@@ -118,7 +116,7 @@ class Registry(Actor):
         call = Call(envelope, request, operation, name, self.exchange.clock.monotonic())
         call.decision_id = deps.ids.uuid()
         call.on_stuck = self._stuck
-        call.limiter = self._limiters.get(name)
+        call.threads = self._threads
         refusal = self._refusal(call, timeout)
         if refusal is not None or operation is None or self._slots.take(call):
             self._begin(call, refusal)
@@ -173,7 +171,19 @@ class Registry(Actor):
             call.envelope.reply(self._conduct.result(call, OperationResult.fail(str(error), "OVERLOADED"), False))
 
     def _ended(self, call: Call) -> None:
+        thread = call.thread
         call.let_go()
+        if thread is None or thread.done():
+            self._free(call)
+            return
+        self._tell_stuck(call)
+        thread.add_done_callback(partial(self._thread_ended, call))
+
+    def _thread_ended(self, call: Call, _: object) -> None:
+        self._conduct.tell_late(call)
+        self._free(call)
+
+    def _free(self, call: Call) -> None:
         self._calls.discard(call)
         following = self._slots.give(call)
         if following is not None:
@@ -189,9 +199,12 @@ class Registry(Actor):
 
     def _stuck(self, call: Call) -> None:
         """A handler will not end though cancelled: answer its caller without it."""
+        self._tell_stuck(call)
+        self._tasks.spawn(self._conduct.give_up(call), f"{call.decision_id}.stuck")
+
+    def _tell_stuck(self, call: Call) -> None:
         self._deps.counts.stuck += 1
         self.exchange.tracer.fault("spine.operation.stuck", operation=call.name, decision_id=call.decision_id)
-        self._tasks.spawn(self._conduct.give_up(call), f"{call.decision_id}.stuck")
 
     def _check_authority(self, call: Call, *, starts_run: bool) -> AuthorityDecision:
         """The one place that decides: governance state and matching rules over a frozen input."""
@@ -239,7 +252,7 @@ class Registry(Actor):
         if buffered and verdict.decision.allowed and not call.begins_run and not deps.recorder.full:
             deps.recorder.buffer(rows[0], verdict.governance.epoch if result is None else None)
             return None
-        epoch = verdict.governance.epoch if result is None and not call.preset else None
+        epoch = verdict.governance.epoch if result is None else None
         return await deps.recorder.commit(rows, epoch=epoch, run_id=call.run_id, parent=call.envelope, unit_id=unit_id)
 
     def _log(self, call: Call, record: Record) -> None:

@@ -68,6 +68,9 @@ def reload(rows: Iterable[Row], standing: Standing, parts: Sequence[Part], insta
             plan.code, plan.error = body["code"], body["error"]
             if not plan.failed.external:
                 plan.failed.code, plan.failed.error = plan.code, plan.error
+            if plan.failed.cls is DomainClass.LOCAL:
+                # It had its turn: its part is undone and acknowledged as if nobody had died meanwhile.
+                plan.failed.state = StepState.INTENT
     return plan
 
 

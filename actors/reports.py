@@ -1,4 +1,7 @@
-"""What workers report about a run beside its completion; a report that cannot be recorded never reaches the worker."""
+"""What is reported about a run beside its completion.
+
+A worker's report that cannot be recorded never reaches the worker; a domain that acknowledges is told.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,19 @@ from uuid import UUID
 
 import orjson
 
+from actors.conduct import UNWRITABLE
 from actors.dependencies import Dependencies
 from actors.recorder import Recorder
-from actors.records import text
+from actors.records import ack, text
 from actors.starts import implicit_start
+from actors.verdicts import with_verdict
 from spine.domains import lesson_row, policy_evaluation_row
+from spine.explain.contract import read_contract
+from spine.governance.contract import FINALIZE, Acknowledge, AckStatus, ContractError
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.params import PARAMS_MOST_BYTES, id_problem
-from spine.governance.units import Committed, GuardFailed, Record
-from spine.kernel.errors import JournalError, SpineError
+from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch
+from spine.kernel.errors import DeadlineExceeded, JournalError, JournalUnavailable, SpineError
 from spine.kernel.messages import Envelope
 
 
@@ -28,8 +35,33 @@ def _check(request: CreatePolicyEvaluation | EmitLesson, required: tuple[str, ..
         raise ValueError(problem)
 
 
+def _check_ack(request: Acknowledge) -> None:
+    """Raise ContractError naming every field that cannot be recorded."""
+    problems = [
+        id_problem(name, getattr(request, name), optional=name == "result_id")
+        for name in ("run_id", "tenant_id", "domain", "action", "result_id")
+    ]
+    if not isinstance(request.status, str):
+        problems.append(f"status must be text, not {type(request.status).__name__}")
+    elif request.status not in tuple(AckStatus):
+        problems.append(f"status {ascii(request.status)[:80]} is none of {', '.join(AckStatus)}")
+    if request.error is not None and not isinstance(request.error, str):
+        problems.append(f"error must be text, not {type(request.error).__name__}")
+    if (request.domain, request.action) == FINALIZE:
+        problems.append(f"{'/'.join(FINALIZE)} is acknowledged by the completion itself: complete the run")
+    if found := [problem for problem in problems if problem]:
+        raise ContractError("INVALID_PARAMS", "; ".join(found))
+
+
+def _what(request: Acknowledge) -> str:
+    return f"what {request.domain!r} reports of {request.action!r} in run {request.run_id!r}"
+
+
 class Reports:
-    """Records evaluations and lessons; gives ``None`` for what it could not record, and says so in journal and log."""
+    """Records evaluations, lessons and acknowledgements.
+
+    For an evaluation or lesson it could not record it gives ``None``, and says so in journal and log.
+    """
 
     def __init__(self, dependencies: Dependencies, recorder: Recorder) -> None:
         self._deps = dependencies
@@ -67,6 +99,40 @@ class Reports:
             await self._unreported(None, request.tenant_id, "lessons", f"emit_{request.lesson}_lesson", error)
             return None
 
+    async def acknowledge(self, envelope: Envelope, request: Acknowledge) -> None:
+        """Record what a domain reports and the verdict that follows; raises ``ContractError`` or ``JournalError``."""
+        _check_ack(request)
+        run_id, tenant_id = request.run_id, request.tenant_id
+        while not envelope.done:
+            rows = await self._deps.source.contract_rows(run_id)
+            contract = read_contract(rows)
+            if contract is None:
+                raise ContractError(
+                    "UNKNOWN_RUN", f"run {run_id!r} was never started: start it before its domains acknowledge"
+                )
+            if contract.tenant_id != tenant_id:
+                raise ContractError("TENANT_MISMATCH", f"run {run_id!r} belongs to another tenant than {tenant_id!r}")
+            now = self._exchange.clock.time_us()
+            record = ack(
+                run_id,
+                tenant_id,
+                request.domain,
+                request.action,
+                at=now,
+                tx_id=None,
+                result_id=request.result_id,
+                status=str(request.status),
+                error=request.error,
+            )
+            records = with_verdict([record], rows, at=now)
+            outcome = await self._recorder.commit(records, run_id=run_id, parent=envelope)
+            if isinstance(outcome, Committed):
+                return
+            if not isinstance(outcome, GuardFailed) or outcome.guard.startswith(UNWRITABLE):
+                raise JournalUnavailable(f"{_what(request)} was not recorded: {outcome}; report it again")
+            # Somebody judged the run meanwhile: with this report the verdict may be another one again.
+        raise DeadlineExceeded(f"{_what(request)} was not recorded before its deadline: report again")
+
     async def _report(self, envelope: Envelope, run_id: str | None, tenant_id: str, record: Record) -> bool:
         """Record a report; raises ``SpineError`` or ``ValueError`` when that fails."""
         size = len(orjson.dumps(record.fields))
@@ -79,20 +145,23 @@ class Reports:
             try:
                 if owner is not None and owner != tenant_id:
                     raise SpineError(f"run {run_id!r} belongs to another tenant than {tenant_id!r}")
-                rows = [record]
+                rows, epoch = [record], None
                 if starts and run_id is not None:
                     state = self._deps.switch.state.effective(record.at)
-                    rows = [
-                        *implicit_start(self._deps, run_id, tenant_id, None, state, record.at, accepted=True),
-                        record,
-                    ]
-                outcome = await self._recorder.commit(rows, run_id=run_id, parent=envelope)
-                if isinstance(outcome, Committed):
-                    if starts and run_id is not None:
-                        runs.started(run_id, tenant_id)
-                    return True
-                if not (starts and isinstance(outcome, GuardFailed)):
-                    raise JournalError(f"the report was not recorded: {outcome}")
+                    start = implicit_start(self._deps, run_id, tenant_id, None, state, record.at, accepted=True)
+                    rows, epoch = [*start, record], state.epoch
+                outcome = await self._recorder.commit(rows, epoch=epoch, run_id=run_id, parent=envelope)
+                match outcome:
+                    case Committed():
+                        if starts and run_id is not None:
+                            runs.started(run_id, tenant_id)
+                        return True
+                    case StaleEpoch():
+                        await self._deps.switch.follow(outcome)
+                    case GuardFailed() if starts:
+                        continue
+                    case _:
+                        raise JournalError(f"the report was not recorded: {outcome}")
             finally:
                 if starts and run_id is not None:
                     runs.abandoned(run_id)

@@ -7,16 +7,19 @@ reverse, repeated with backoff and parked where it fails. What another process h
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
 
 from actors import transaction_records as records
-from actors.completion import Plan, Step, as_json, described, fail, fail_with, guard_failed, prepare, unmet
+from actors.completion import Plan, Step, as_json, check_contract, described, fail, fail_with, guard_failed, prepare
 from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
+from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.records import text
 from actors.transaction_log import TransactionLog
+from actors.verdicts import VERDICT, with_verdict
 from spine.domains import Refused
 from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
@@ -27,6 +30,7 @@ from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
+from spine.kernel.tasks import cancelling
 from spine.publisher import Event
 
 _WRITES = "write "
@@ -59,7 +63,7 @@ class Driving:
     retry: Retrying
     counts: dict[str, int]
     log: TransactionLog
-    unmet: Callable[[Plan], Awaitable[str | None]]
+    contracts: ContractRows
 
 
 class Saga:
@@ -128,7 +132,7 @@ class Saga:
         if step.state is StepState.PLANNED:
             try:
                 step.descriptor = described(plan, step)
-            except Exception as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
+            except BaseException as error:  # noqa: BLE001  a domain is foreign code: its failure rolls the completion back
                 fail_with(plan, step, error)
                 return
             intent = records.moved(plan, step, "intend", self._clock.time_us(), descriptor=step.descriptor)
@@ -173,11 +177,12 @@ class Saga:
 
     async def _commit_point(self) -> None:
         plan, at = self.plan, self._clock.time_us()
-        if (reason := await self._own.unmet(plan)) is not None:
-            unmet(plan, reason)
+        plan.rows = await self._own.contracts.contract_rows(plan.request.run_id)
+        check_contract(plan)
+        if plan.failed is not None:
             return
         rows, events, result = records.committed(plan, at)
-        outcome = await self._write([of_tx("commit")], rows, plan.writes)
+        outcome = await self._end("commit", rows, plan.writes)
         if isinstance(outcome, GuardFailed):
             plan.state = TxState.EXECUTING
             guard_failed(plan, outcome.guard, outcome.found, outcome.required)
@@ -212,11 +217,11 @@ class Saga:
         at = self._clock.time_us()
         if stuck:
             rows, self.result = records.parked(plan, at)
-            await self._write([of_tx("park")], rows)
+            await self._end("park", rows)
             self._own.counts["parked"] += 1
         else:
             rows, self.result = records.aborted(plan, at)
-            await self._write([of_tx("compensated")], rows)
+            await self._end("compensated", rows)
             self._own.counts["aborted"] += 1
 
     async def _undo(self, step: Step, reason: str) -> bool:
@@ -266,14 +271,15 @@ class Saga:
             plan.epoch,
             attempt,
             self._clock.monotonic() + timeout_of(step.domain),
-            step.descriptor,
+            # Its own: what it changes in it must not reach the next call.
+            deepcopy(dict(step.descriptor)),
         )
         method = getattr(step.domain, what)
         call = self._call = self._own.exchange.loop.create_task(self._own.calls.call(step.name, what, method, effect))
         try:
             return await call
         except asyncio.CancelledError:
-            if call.cancelled() and self._stopping and not _cancelling():
+            if call.cancelled() and self._stopping and not cancelling():
                 return Unanswered(INTERRUPTED, f"the Spine stopped while domain {step.name!r} was asked")
             call.cancel()
             raise
@@ -302,13 +308,23 @@ class Saga:
         await self._write([of_step(move)], rows)
         self._own.log.moved(self.cause, self.plan, step, move)
 
+    async def _end(self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()) -> GuardFailed | None:
+        """Have the transaction's last move committed, with the verdict over the run's contract that it brings about."""
+        while True:
+            known = await self._own.contracts.contract_rows(self.plan.request.run_id)
+            judged = with_verdict(rows, known, at=self._clock.time_us())
+            outcome = await self._write([of_tx(move)], judged, writes)
+            # Somebody judged the run between the reading and the commit: their verdict is the one to replace.
+            if outcome is None or outcome.guard != VERDICT:
+                return outcome
+
     async def _write(
         self, moments: Sequence[str], rows: Sequence[Record], writes: Sequence[Write] = ()
     ) -> GuardFailed | None:
-        """Have moves committed; gives back a user's write that failed. Raises ``Lost`` when it is not ours any more."""
+        """Have moves committed; gives back what may be mended. Raises ``Lost`` when it is not ours any more."""
         await self._pass(moments, "before")
         outcome = await self._commit(rows, writes=writes)
-        if isinstance(outcome, GuardFailed) and outcome.guard.startswith(_WRITES):
+        if isinstance(outcome, GuardFailed) and (outcome.guard.startswith(_WRITES) or outcome.guard == VERDICT):
             return outcome
         if not isinstance(outcome, Committed):
             raise Lost(f"transaction {self.plan.tx_id}: {moments[-1]} was not recorded: {outcome}")
@@ -353,8 +369,3 @@ def _said(answer: Refused | Unanswered) -> tuple[str, str]:
     """What an answer that is no success is recorded as."""
     code, error = (answer.code, answer.reason) if isinstance(answer, Refused) else (answer.code, answer.error)
     return str(text(code)), str(text(error))
-
-
-def _cancelling() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

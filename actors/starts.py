@@ -58,7 +58,6 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
                     denied = await _deny(dependencies, envelope, request, decision, state)
                     if denied is not None:
                         return denied
-                    await dependencies.switch.refresh()
                     continue
                 rows = records.run_started(
                     run_id,
@@ -70,6 +69,7 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
                     instance=dependencies.instance,
                     implicit=False,
                     expectations=dependencies.promises([Expectation(*e) for e in request.expectations]),
+                    block_unmet=request.block_unmet,
                 )
                 outcome = await dependencies.recorder.commit(rows, epoch=state.epoch, run_id=run_id, parent=envelope)
                 match outcome:
@@ -77,7 +77,7 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
                         runs.started(run_id, request.tenant_id)
                         return decision
                     case StaleEpoch():
-                        await dependencies.switch.refresh()
+                        await dependencies.switch.follow(outcome)
                     case GuardFailed():
                         continue
                     case _:
@@ -140,6 +140,7 @@ async def _deny(
         [record], epoch=None if state is None else state.epoch, run_id=stored["run_id"], parent=envelope
     )
     if isinstance(outcome, StaleEpoch):
+        await dependencies.switch.follow(outcome)
         return None
     dependencies.counts.denied += 1
     return decision if isinstance(outcome, Committed) else _unrecorded(str(stored["run_id"]), repr(outcome))
@@ -158,6 +159,8 @@ def _problem(request: StartRun) -> str | None:
         id_problem("tenant_id", request.tenant_id),
         id_problem("agent_id", request.agent_id, optional=True),
     ]
+    if not isinstance(request.block_unmet, bool):
+        found.append(f"block_unmet must be true or false, not {request.block_unmet!r}")
     for entry in request.expectations:
         if not isinstance(entry, tuple) or len(entry) != 3:
             found.append(f"expectations: {entry!r} must be (domain, action, deadline in seconds)")

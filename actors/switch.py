@@ -82,6 +82,12 @@ class Switch:
         )
         return self.state
 
+    async def follow(self, stale: StaleEpoch) -> None:
+        """Read the state behind whose back a record was made; raises ``JournalUnavailable`` when it cannot be read."""
+        await self.refresh()
+        if self.state.epoch < stale.epoch:
+            raise JournalUnavailable("the governance state cannot be read: nothing was recorded, ask again")
+
     async def restore_expired(self, recorder: Recorder) -> None:
         """End a bypass whose time is over, unless somebody has switched since: their word stands."""
         bypass, now = self.state, self._clock.time_us()

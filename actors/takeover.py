@@ -12,7 +12,7 @@ from actors.reload import KINDS, Row, reload
 from spine.governance.failpoints import CLAIM, Failpoint
 from spine.governance.transactions import DomainClass
 from spine.governance.units import Committed, Record
-from spine.kernel.errors import JournalError
+from spine.kernel.errors import SpineError
 from spine.kernel.exchange import Exchange
 
 TICK_S = 1.0
@@ -103,29 +103,34 @@ class Takeover:
                 if found and self._outside:
                     for row in await self._source.stranded(clock.time_us(), self._instance):
                         if not self._driven(row.tx_id) and row.tx_id not in self._known:
-                            await gate.acquire()
-                            self._known.add(row.tx_id)
                             spawn(self._resume(row, gate), f"takeover {row.tx_id}")
-            except JournalError as error:
-                self._exchange.tracer.fault("spine.takeover.unreadable", exc=error)
+                            self._known.add(row.tx_id)
+            except SpineError as error:
+                # No reading, or no room for another task: the next look finds them again.
+                self._exchange.tracer.fault("spine.takeover.failed", exc=error)
             await clock.sleep_until(clock.monotonic() + TICK_S)
 
     async def _resume(self, row: Stranded, gate: asyncio.Semaphore) -> None:
+        strange = False
         try:
-            if self._strange(reload(await self._source.run_rows(row.run_id, *KINDS), row, self._parts, self._instance)):
-                return
-            if await self._claim(row):
-                # Read again: whoever had it could still write until the claim.
+            async with gate:
+                plan = await self._reloaded(row)
+                strange = self._strange(plan)
+                if strange or not await self._claim(row):
+                    return
+                # Read again: whoever had it could still write until the claim ...
                 claimed = await self._source.transaction_by_id(row.tx_id)
                 assert claimed is not None
-                rows = await self._source.run_rows(row.run_id, *KINDS)
-                await self._drive(reload(rows, claimed, self._parts, self._instance))
-            self._known.discard(row.tx_id)
-        except BaseException:
-            self._known.discard(row.tx_id)
-            raise
+                plan = await self._reloaded(claimed)
+                # ... and whoever finds this process too slow may have claimed it since.
+                if (plan.epoch, claimed.instance) == (row.epoch + 1, self._instance):
+                    await self._drive(plan)
         finally:
-            gate.release()
+            if not strange:
+                self._known.discard(row.tx_id)
+
+    async def _reloaded(self, row: Stranded) -> Plan:
+        return reload(await self._source.run_rows(row.run_id, *KINDS), row, self._parts, self._instance)
 
     def _strange(self, plan: Plan) -> bool:
         """Whether a domain takes part that only another application can ask."""

@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from spine.domains import Local as Local
     from spine.domains import Refused as Refused
     from spine.domains import RunFacts as RunFacts
+    from spine.effects import Effect as Effect
+    from spine.effects import External as External
+    from spine.effects import Post as Post
     from spine.governance.authority import AuthorityDecision as AuthorityDecision
     from spine.governance.authority import GovernanceState as GovernanceState
+    from spine.governance.contract import ContractError as ContractError
+    from spine.governance.contract import Reconciliation as Reconciliation
     from spine.governance.operations import OperationContext as OperationContext
     from spine.governance.operations import OperationResult as OperationResult
     from spine.governance.transactions import CompletionConflict as CompletionConflict
@@ -26,18 +31,25 @@ if TYPE_CHECKING:
     from spine.publisher import Event as Event
     from spine.publisher import Publisher as Publisher
     from spine.runtime import Spine as Spine
+    from spine.settings import Retry as Retry
     from spine.settings import Settings as Settings
 
 _HOMES = {
     "AuthorityDecision": "spine.governance.authority",
     "CompletionConflict": "spine.governance.transactions",
+    "ContractError": "spine.governance.contract",
+    "Effect": "spine.effects",
     "Event": "spine.publisher",
+    "External": "spine.effects",
     "GovernanceState": "spine.governance.authority",
     "Local": "spine.domains",
     "OperationContext": "spine.governance.operations",
     "OperationResult": "spine.governance.operations",
+    "Post": "spine.effects",
     "Publisher": "spine.publisher",
+    "Reconciliation": "spine.governance.contract",
     "Refused": "spine.domains",
+    "Retry": "spine.settings",
     "RollbackNotSupportedError": "spine.governance.transactions",
     "RunFacts": "spine.domains",
     "Settings": "spine.settings",

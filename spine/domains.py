@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, cast, runtime_checkable
 import orjson
 
 from spine.effects import External, Post, external_class
+from spine.governance.contract import Expectation
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.transactions import DomainClass, TransactionPhase, plan_order
 from spine.governance.units import Write
@@ -315,6 +316,11 @@ Participant = BuiltIn | Local | External | Post
 def action_of(domain: Participant) -> str:
     """What the domain acknowledges."""
     return str(getattr(domain, "action", DEFAULT_ACTION))
+
+
+def promise_of(domain: Participant) -> Expectation:
+    """What a run promises of the domain: a POST one may keep it after the run is finalised."""
+    return Expectation(domain.name, action_of(domain), after_commit=class_of(domain) is DomainClass.POST)
 
 
 def class_of(domain: object) -> DomainClass:

@@ -12,8 +12,8 @@ from spine.kernel.ledger import LedgerCounts
 class Health:
     """A snapshot; ``ok`` is false when the journal takes no writes, supervision failed, or the ledger does not balance.
 
-    ``messages`` is the exactly-one-end account, ``decisions`` and ``transactions`` count since the start, ``blocked``
-    names what held the event loop, ``crashes`` the last crash reports.
+    ``messages`` is the exactly-one-end account; ``decisions``, ``transactions`` and ``contracts`` (verdicts reached)
+    count since the start; ``blocked`` names what held the event loop, ``crashes`` the last crash reports.
     """
 
     ok: bool
@@ -24,6 +24,7 @@ class Health:
     mailboxes: dict[str, int]
     decisions: dict[str, int]
     transactions: dict[str, int]
+    contracts: dict[str, int]
     journal: dict[str, Any]
     restarts: int
     crashes: tuple[dict[str, Any], ...]

@@ -40,6 +40,7 @@ class Gauges:
     governance: Callable[[], dict[str, Any]]
     decisions: Callable[[], dict[str, int]]
     transactions: Callable[[], dict[str, int]]
+    contracts: Callable[[], dict[str, int]]
     journal: Callable[[], dict[str, Any]]
 
 
@@ -118,6 +119,7 @@ class Lifecycle:
             mailboxes={name: len(mailbox) for name, mailbox in exchange.mailboxes.items()},
             decisions=gauges.decisions(),
             transactions=gauges.transactions(),
+            contracts=gauges.contracts(),
             journal=journal | {"log_events_lost": exchange.tracer.lost},
             restarts=supervisor.restarted,
             crashes=tuple(asdict(crash) for crash in supervisor.crashes),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spine.governance.authority import AuthorityDecision, GovernanceState
+from spine.governance.contract import Acknowledge, ReconcileRun
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.operations import (
     Execute,
@@ -40,6 +41,8 @@ RECIPIENTS: Mapping[type, str] = {
     EmitLesson: "coordinator",
     ResolveTransaction: "coordinator",
     RetryTransaction: "coordinator",
+    Acknowledge: "coordinator",
+    ReconcileRun: "audit",
 }
 
 

@@ -16,19 +16,17 @@ from pydantic import BaseModel
 
 from spine._install import check_install
 from spine.declarations import Declarations
-from spine.domains import action_of, participants
+from spine.domains import participants, promise_of
 from spine.explain.why import Explanation, explain
-from spine.governance.authority import AuthorityDecision, GovernanceState
+from spine.governance.authority import GovernanceState
 from spine.governance.contract import promised
 from spine.governance.operations import (
     Execute,
     OperationResult,
     RegistryStatus,
-    StartRun,
     SwitchGovernance,
     timeout_problem,
 )
-from spine.governance.transactions import CompleteRun, TransactionResult
 from spine.health import Health
 from spine.kernel.errors import NotRunning, Overloaded
 from spine.kernel.exchange import ROUTER, Exchange
@@ -43,6 +41,7 @@ from spine.lifecycle import Gauges, Lifecycle
 from spine.operating import Operating
 from spine.publisher import LogPublisher, Publisher
 from spine.requests import RECIPIENTS, UNANSWERED, Posted, governed
+from spine.runs import Runs
 from spine.settings import Settings, default_url
 
 # Somebody else's `actors` must be refused by name before anything of it is imported.
@@ -53,6 +52,7 @@ from actors.audit import Audit, Progress  # noqa: E402
 from actors.calls import ANSWER_MARGIN_S  # noqa: E402
 from actors.coordinator import Completions, Coordinator  # noqa: E402
 from actors.dependencies import Dependencies  # noqa: E402
+from actors.reconciler import Reconciler  # noqa: E402
 from actors.recorder import Recorder  # noqa: E402
 from actors.registry import Registry  # noqa: E402
 
@@ -73,7 +73,7 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-class Spine(Declarations, Operating):
+class Spine(Declarations, Operating, Runs):
     """One runtime authority over one database; bound to the event loop it is started on.
 
     ``domains`` take part in every run completion, ``publisher`` gets the events after it. Raises
@@ -91,8 +91,9 @@ class Spine(Declarations, Operating):
         super().__init__()
         self.url = url or default_url()
         self._participants = participants(domains)
-        # Only who names a publisher takes over what others left: a command on the database must swallow no events.
-        self._publisher, self._redeliver = publisher or LogPublisher(), publisher is not None
+        # Only an application, which names a publisher or domains, takes over what others left: a command on the
+        # database must swallow no events.
+        self._publisher, self._redeliver = publisher or LogPublisher(), publisher is not None or bool(domains)
         if isinstance(publisher, type) or not inspect.iscoroutinefunction(getattr(self._publisher, "publish", None)):
             raise TypeError(
                 f"publisher {publisher!r} must be an object with async publish(event): see spine.publisher.Publisher"
@@ -136,8 +137,8 @@ class Spine(Declarations, Operating):
             raise NotRunning(f"this Spine is {self._phase} already: start it once, or make another one")
         self._phase, self._pid = "starting", os.getpid()
         self._freeze()
-        system = _System(self)
         try:
+            system = _System(self)
             await system.life.start()
         except BaseException:
             self._phase = "stopped"
@@ -212,41 +213,6 @@ class Spine(Declarations, Operating):
             return await self._ask(request, timeout_s=_bounded(timeout_s), wait=wait)
         except UNANSWERED as error:
             return cast(OperationResult, governed(request, error, self._last_known()))
-
-    async def start_run(
-        self,
-        run_id: str,
-        *,
-        tenant_id: str,
-        agent_id: str | None = None,
-        expectations: Sequence[tuple[str, str, float]] = (),
-    ) -> AuthorityDecision:
-        """Begin a run; a denial is returned. ``expectations`` are (domain, action, deadline in seconds)."""
-        promised_here = tuple(expectations) if isinstance(expectations, Sequence) else (expectations,)
-        return await self.ask(StartRun(run_id, tenant_id, agent_id, promised_here))
-
-    async def complete_run(
-        self,
-        run_id: str,
-        *,
-        tenant_id: str,
-        run_status: str,
-        agent_id: str | None = None,
-        error_code: str | None = None,
-        error_message: str | None = None,
-        completion_key: str = "",
-    ) -> TransactionResult:
-        """Complete a run, every domain or none; raises ``TransactionFailed`` or ``CompletionConflict``."""
-        request = CompleteRun(
-            run_id=run_id,
-            tenant_id=tenant_id,
-            run_status=run_status,
-            agent_id=agent_id,
-            error_code=error_code,
-            error_message=error_message,
-            completion_key=completion_key,
-        )
-        return await self.ask(request)
 
     async def ask(self, request: Request[T]) -> T:
         """Send any of Spine's requests through the spine mailbox; the shims' requests are answered the same way."""
@@ -376,7 +342,7 @@ class _System:
         writer, reader = JournalWriter(spine.url), JournalReader(spine.url)
         exchange = Exchange(settings.clock, Tracer(ids.span_id(), level), credits=settings.credits)
         parts, progress = spine._participants, Progress()
-        acting = tuple((domain.name, action_of(domain)) for domain in parts)
+        acting = tuple(promise_of(domain) for domain in parts)
         deps = Dependencies(
             exchange=exchange,
             ids=ids,
@@ -397,8 +363,9 @@ class _System:
             settings.retry,
             settings.failpoint,
         )
+        contracts = Reconciler(exchange, reader, Recorder(exchange, ids, audit.NAME))
         children = [
-            ChildSpec(audit.NAME, lambda: Audit(exchange, writer, reader, progress)),
+            ChildSpec(audit.NAME, lambda: Audit(exchange, writer, reader, contracts, progress)),
             ChildSpec(ROUTER, lambda: Router(exchange)),
             ChildSpec(registry.NAME, lambda: Registry(deps)),
             ChildSpec(coordinator.NAME, lambda: Coordinator(completions)),
@@ -421,9 +388,10 @@ class _System:
             writer,
             reader,
             Gauges(
-                governance=lambda: deps.switch.state.to_dict(),  # noqa: PLW0108  the state of then, not of now
+                governance=lambda: deps.switch.state.effective(settings.clock.time_us()).to_dict(),
                 decisions=lambda: asdict(deps.counts) | {"interrupted": deps.recovery.interrupted},
                 transactions=completions.to_dict,
+                contracts=lambda: dict(progress.verdicts),
                 journal=lambda: progress.to_dict() | deps.to_dict(),
             ),
         )

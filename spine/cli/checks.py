@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spine.cli.reading import reading
 from spine.cli.render import print_json, print_lines, print_table
 from spine.cli.support import AsJson, CommandError, Database, database_url, guarded
+
+if TYPE_CHECKING:
+    from spine.journal.rows import GovernanceRow
 
 
 def register(app: typer.Typer) -> None:
@@ -128,6 +132,15 @@ def _or_none(value: Any) -> str:
     return "-" if value in (None, "") else printable(value)
 
 
+def _binding(row: GovernanceRow, now_us: int) -> str:
+    """The state that binds decisions now: an expired bypass does not, though nobody has journaled its end yet."""
+    from spine.governance.authority import GovernanceMode, GovernanceState
+
+    if row.state != GovernanceMode.BYPASSED:
+        return row.state
+    return GovernanceState(GovernanceMode.BYPASSED, expires_at=row.expires_at).effective(now_us).mode.value
+
+
 async def _health(url: str) -> dict[str, Any]:
     async with reading(url) as reader:
         head = await reader.head()
@@ -135,7 +148,7 @@ async def _health(url: str) -> dict[str, Any]:
         counts = await reader.counts()
     return {
         "governance": {
-            "state": state.state,
+            "state": _binding(state, time.time_ns() // 1_000),
             "epoch": state.epoch,
             "reason": state.reason,
             "actor": state.actor,

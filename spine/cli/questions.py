@@ -105,7 +105,7 @@ async def list_runs(url: str, *, as_json: bool = False, limit: int = 0, only: st
             print("no runs")
 
 
-_HEADERS = ("run", "tenant", "verdict", "status", "operations", "denied", "failed", "started")
+_HEADERS = ("run", "tenant", "verdict", "status", "contract", "operations", "denied", "failed", "started")
 
 
 def _row(item: dict[str, Any]) -> tuple[str, list[str]]:
@@ -114,6 +114,7 @@ def _row(item: dict[str, Any]) -> tuple[str, list[str]]:
     started = item["started_at"]
     at = "unknown" if started is None else time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(started / 1_000_000))
     cells = [item["run_id"], item["tenant_id"], item["verdict"].replace("_", " "), item["run_status"] or "-"]
+    cells.append(item["contract"] or "-")
     counts = [str(item[name]) for name in ("operations", "denied", "failed_operations")]
     return verdict_style(item["verdict"]), [*(printable(cell) for cell in cells), *counts, at]
 
@@ -136,7 +137,7 @@ async def _pages(reader: JournalReader, limit: int, only: str | None) -> AsyncIt
 
 
 async def _item(reader: JournalReader, run: RunRow) -> dict[str, Any]:
-    from spine.explain import totals, verdict
+    from spine.explain import kept, totals, verdict
 
     rows = await reader.run_rows(run.run_id)
     counted = totals(rows)
@@ -146,6 +147,7 @@ async def _item(reader: JournalReader, run: RunRow) -> dict[str, Any]:
         "agent_id": run.agent_id,
         "verdict": verdict(rows),
         "run_status": run.run_status,
+        "contract": kept(rows, now_us=time.time_ns() // 1_000),
         "started_at": run.started_at,
         "completed_at": run.completed_at,
         "operations": counted.operations,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spine.explain.cause import Cause
 from spine.explain.totals import Totals, totals
-from spine.explain.why import EXIT_CODES, EXIT_EVIDENCE_BROKEN, EXIT_NOT_FOUND, Explanation, explain, verdict
+from spine.explain.why import EXIT_CODES, EXIT_EVIDENCE_BROKEN, EXIT_NOT_FOUND, Explanation, explain, kept, verdict
 
 __all__ = [
     "EXIT_CODES",
@@ -14,6 +14,7 @@ __all__ = [
     "Explanation",
     "Totals",
     "explain",
+    "kept",
     "totals",
     "verdict",
 ]

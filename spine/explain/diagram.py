@@ -11,12 +11,10 @@ def transaction_diagram() -> str:
     """The moves of a transaction, each with what it demands of the steps."""
     lines = ["stateDiagram-v2", f"    [*] --> {TxState.EXECUTING}: begin"]
     for move in TX_MOVES:
-        demands = ""
-        if move.every:
-            demands = f" (every step {_words(move.every)})"
-        elif move.some:
-            demands = f" (some step {_words(move.some)})"
-        lines.append(f"    {move.source} --> {move.target}: {move.name}{demands}")
+        demands = [f"every step {_words(move.every)}"] if move.every else []
+        demands += [f"some step {_words(move.some)}"] if move.some else []
+        shown = f" ({', '.join(demands)})" if demands else ""
+        lines.append(f"    {move.source} --> {move.target}: {move.name}{shown}")
     lines += [f"    {state} --> [*]" for state in TxState if state.final]
     return "\n".join(lines)
 

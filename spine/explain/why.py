@@ -114,6 +114,12 @@ def verdict(rows: Sequence[JournalRow]) -> str:
     return _verdict(read(rows))
 
 
+def kept(rows: Sequence[JournalRow], *, now_us: int) -> str | None:
+    """Return the verdict over what the run promised, as of ``now_us`` (unix microseconds), or ``None`` for nothing."""
+    found = contract(read(rows), now_us=now_us)
+    return None if found is None else str(found["overall"])
+
+
 def _verdict(story: Story) -> str:
     if story.in_state(PARKED):
         return "parked"

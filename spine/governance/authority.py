@@ -31,7 +31,7 @@ class AuthorityDecision:
     conditions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.conditions:
+        if self.conditions != ():
             object.__setattr__(self, "conditions", tuple(dict.fromkeys(self.conditions)))
 
     @classmethod
@@ -312,15 +312,12 @@ def check_start(governance: GovernanceState, *, completion: bool = False) -> Aut
 
 def _ask(rule: Rule, context: Callable[[], OperationContext]) -> RuleOutcome:
     try:
-        said: object = rule.function(context())
+        said = rule.function(context())
+        wrong = None if said is ALLOW else _wrong(said)
     except BaseException as error:  # noqa: BLE001  foreign code: its failure is a decision (RULE_ERROR)
         return _failed(rule, f"rule {rule.id!r} raised {describe(error)}")
-    if not isinstance(said, AuthorityDecision):
-        if inspect.iscoroutine(said):
-            said.close()
-        return _failed(rule, f"rule {rule.id!r} returned {type(said).__name__}, not an AuthorityDecision")
-    if said is not ALLOW and (wrong := _wrong_field(said)):
-        return _failed(rule, f"rule {rule.id!r} returned an AuthorityDecision whose {wrong}")
+    if wrong is not None:
+        return _failed(rule, f"rule {rule.id!r} returned {wrong}")
     if rule.mode == "enforce":
         return RuleOutcome(rule, said, said, False)
     if rule.mode == "shadow":
@@ -330,14 +327,22 @@ def _ask(rule: Rule, context: Callable[[], OperationContext]) -> RuleOutcome:
     return RuleOutcome(rule, said, AuthorityDecision.allow_with_degraded_flag(said.reason, (said.code,)), False)
 
 
-def _wrong_field(said: AuthorityDecision) -> str | None:
+def _wrong(said: object) -> str | None:
+    """What a rule returned, if that is no decision; may raise what the foreign object raises."""
+    if not isinstance(said, AuthorityDecision):
+        if inspect.iscoroutine(said):
+            said.close()
+        return f"{type(said).__name__}, not an AuthorityDecision"
+    whose = "an AuthorityDecision whose"
     for name in ("reason", "code"):
         if not isinstance(getattr(said, name), str):
-            return f"{name} is {type(getattr(said, name)).__name__}, not text"
+            return f"{whose} {name} is {type(getattr(said, name)).__name__}, not text"
+    if not isinstance(said.conditions, tuple):
+        return f"{whose} conditions are {type(said.conditions).__name__}, not a tuple of texts"
     if not all(isinstance(condition, str) for condition in said.conditions):
-        return "conditions are not all text"
+        return f"{whose} conditions are not all text"
     if not isinstance(said.allowed, bool) or not isinstance(said.degraded, bool):
-        return "allowed and degraded are not both true or false"
+        return f"{whose} allowed and degraded are not both true or false"
     return None
 
 

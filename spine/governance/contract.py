@@ -1,13 +1,36 @@
-"""The runtime audit contract: what a run promised, what was acknowledged, and the verdict."""
+"""The runtime audit contract: what a run promised, what was acknowledged, the verdict, and the requests about it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
+from spine.kernel.errors import SpineError
+from spine.kernel.messages import Request
+
+START_TRACE: Final = ("logs", "start_trace")
 FINALIZE: Final = ("orchestrator", "finalize_run")
+# What a contract stands at until something but the time left to it decides.
+PENDING: Final = "PENDING"
+# The journal rows that tell of a run's contract.
+CONTRACT_KINDS: Final = ("run.started", "ack", "contract.reconciled")
+
+
+class ContractError(SpineError):
+    """A report or question about a contract that is not taken.
+
+    ``code`` is INVALID_PARAMS, UNKNOWN_RUN or TENANT_MISMATCH.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ContractError], tuple[str, str]]:
+        return (type(self), (self.code, self.reason))
 
 
 class AckStatus(StrEnum):
@@ -28,19 +51,24 @@ class Overall(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """A promise: ``domain`` will acknowledge ``action`` within ``deadline_s`` seconds of the run's start."""
+    """A promise: ``domain`` will acknowledge ``action`` within ``deadline_s`` seconds of the run's start.
+
+    ``after_commit``: that may be after the run is finalised.
+    """
 
     domain: str
     action: str
     deadline_s: float = 3600.0
+    after_commit: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The form in which ``run.started`` holds it."""
-        return {"domain": self.domain, "action": self.action, "deadline_s": self.deadline_s}
+        later = {"after_commit": True} if self.after_commit else {}
+        return {"domain": self.domain, "action": self.action, "deadline_s": self.deadline_s, **later}
 
     def due(self, started_at: int) -> Due:
         """The promise with its moment, for a run started at ``started_at`` (unix microseconds)."""
-        return Due(self.domain, self.action, started_at + round(self.deadline_s * 1_000_000))
+        return Due(self.domain, self.action, started_at + round(self.deadline_s * 1_000_000), self.after_commit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +78,7 @@ class Due:
     domain: str
     action: str
     deadline_at: int
+    after_commit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +94,21 @@ class Ack:
 
 
 STANDARD: Final = (
-    Expectation("logs", "start_trace", 60.0),
+    Expectation(*START_TRACE, 60.0),
     Expectation("incidents", "create_incident"),
     Expectation("policies", "evaluate_policy"),
     Expectation(*FINALIZE),
 )
 
 
-def promised(
-    taking_part: Iterable[tuple[str, str]] = (), declared: Iterable[Expectation] = ()
-) -> tuple[Expectation, ...]:
-    """What a run promises at its start: the standard set, each (domain, action) taking part, and the user's own.
+def promised(taking_part: Iterable[Expectation] = (), declared: Iterable[Expectation] = ()) -> tuple[Expectation, ...]:
+    """What a run promises at its start: the standard set, that of each domain taking part, and the user's own.
 
     A later declaration of the same domain and action replaces the earlier one's deadline.
     """
     found = {(e.domain, e.action): e for e in STANDARD}
-    for domain, action in taking_part:
-        found.setdefault((domain, action), Expectation(domain, action))
+    for expectation in taking_part:
+        found.setdefault((expectation.domain, expectation.action), expectation)
     for expectation in declared:
         found[expectation.domain, expectation.action] = expectation
     return tuple(found.values())
@@ -100,6 +127,10 @@ class Finding:
         """The JSON form."""
         return {"domain": self.domain, "action": self.action, "verdict": self.verdict, "error": self.error}
 
+    def __str__(self) -> str:
+        """For messages: ``billing/charge failed: card declined``."""
+        return f"{self.domain}/{self.action} {self.verdict}" + (f": {self.error}" if self.error else "")
+
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
@@ -107,7 +138,8 @@ class Reconciliation:
 
     ``missing``: promised, and never acknowledged although the time is over or the run is finalised. ``failed``:
     acknowledged, but FAILED or rolled back. ``drift``: acknowledged, but never promised. ``stale``: the run was not
-    finalised in time. ``pending``: there is still time.
+    finalised in time. ``pending``: there is still time. Without a new word all this holds until ``due_at`` (unix
+    microseconds), for ever where that is ``None``.
     """
 
     overall: Overall
@@ -116,6 +148,13 @@ class Reconciliation:
     failed: tuple[Finding, ...] = ()
     stale: tuple[Finding, ...] = ()
     pending: tuple[Finding, ...] = ()
+    due_at: int | None = None
+
+    @property
+    def standing(self) -> str:
+        """The verdict as the journal keeps it: PENDING as long as nothing is found but what still has time."""
+        found = self.missing or self.failed or self.stale
+        return PENDING if self.pending and not found else self.overall.value
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -157,25 +196,34 @@ def _listen(acks: Iterable[Ack]) -> dict[tuple[str, str], _Heard]:
     return heard
 
 
+def _delivered(heard: dict[tuple[str, str], _Heard], key: tuple[str, str]) -> bool:
+    return key in heard and heard[key].delivered
+
+
 def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> Reconciliation:
     """Compare what was promised with what was acknowledged, as of ``now_us`` (unix microseconds)."""
     heard = _listen(acks)
-    finalised = FINALIZE in heard and heard[FINALIZE].delivered
+    finalised = _delivered(heard, FINALIZE)
     missing: list[Finding] = []
     failed: list[Finding] = []
     stale: list[Finding] = []
     pending: list[Finding] = []
+    moments: list[int] = []
     for due in expectations:
         key = (due.domain, due.action)
         entry = heard.get(key)
-        if entry is not None and entry.delivered:
+        if _delivered(heard, key):
             continue
         late = now_us > due.deadline_at
+        over = finalised and not due.after_commit
+        if not late and not over and (entry is None or key == FINALIZE):
+            # A failed finalize_run turns stale when its time is over; whatever else failed stays failed.
+            moments.append(due.deadline_at)
         if key == FINALIZE and late:
             stale.append(Finding(*key, "stale", entry.error if entry else None))
         elif entry is not None:
             failed.append(Finding(*key, "failed", entry.error))
-        elif late or finalised:
+        elif late or over:
             missing.append(Finding(*key, "missing"))
         else:
             pending.append(Finding(*key, "pending"))
@@ -187,4 +235,43 @@ def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> 
         overall = Overall.INCOMPLETE
     else:
         overall = Overall.COMPLETE
-    return Reconciliation(overall, tuple(missing), drift, tuple(failed), tuple(stale), tuple(pending))
+    return Reconciliation(
+        overall, tuple(missing), drift, tuple(failed), tuple(stale), tuple(pending), min(moments, default=None)
+    )
+
+
+def unmet(
+    expectations: Iterable[Due], acks: Iterable[Ack], taking_part: Collection[tuple[str, str]] = ()
+) -> tuple[Finding, ...]:
+    """What a run that blocks on its contract still lacks, whatever time is left.
+
+    Not asked for are finalize_run and ``taking_part``, the (domain, action) that the completion itself acknowledges.
+    """
+    heard = _listen(acks)
+    found = []
+    for due in expectations:
+        key = (due.domain, due.action)
+        if key == FINALIZE or key in taking_part or _delivered(heard, key):
+            continue
+        found.append(Finding(*key, "failed", heard[key].error) if key in heard else Finding(*key, "missing"))
+    return tuple(found)
+
+
+@dataclass(slots=True)
+class ReconcileRun(Request[Reconciliation]):
+    """Judge a run's contract now; what changed is recorded."""
+
+    run_id: str
+
+
+@dataclass(slots=True)
+class Acknowledge(Request[None]):
+    """A domain's own report; ``status`` is one of ``AckStatus``."""
+
+    run_id: str
+    tenant_id: str
+    domain: str
+    action: str
+    status: str = AckStatus.SUCCESS.value
+    result_id: str | None = None
+    error: str | None = None

@@ -101,7 +101,8 @@ class OperationContext:
     def execute(self, operation: str, params: Mapping[str, Any] | None = None) -> Awaitable[OperationResult]:
         """Run another operation in the same run, decided and recorded like any other, in the time that is left.
 
-        Raises ``ConfigurationError`` when called by a rule: rules only decide.
+        Raises ``ConfigurationError`` when called by a rule (rules only decide), by a synchronous handler in its own
+        thread (``anyio.from_thread.run`` leads out of it), or, when awaited, after the handler's end.
         """
         if self._nested is None:
             raise ConfigurationError(f"a rule asked about {self.operation!r} called execute: only handlers can")
@@ -186,12 +187,16 @@ class Execute(Request[OperationResult]):
 
 @dataclass(slots=True)
 class StartRun(Request[AuthorityDecision]):
-    """Begin a run; ``expectations`` are (domain, action, deadline in seconds)."""
+    """Begin a run; ``expectations`` are (domain, action, deadline in seconds).
+
+    With ``block_unmet`` the run commits only when everything promised is delivered.
+    """
 
     run_id: str
     tenant_id: str
     agent_id: str | None = None
     expectations: tuple[tuple[str, str, float], ...] = ()
+    block_unmet: bool = False
 
 
 @dataclass(slots=True)

@@ -55,9 +55,7 @@ __all__ = [
     "phase_reached",
     "plan_order",
     "step_move",
-    "step_sources",
     "tx_move",
-    "tx_sources",
 ]
 
 
@@ -134,7 +132,14 @@ TX_MOVES: Final = (
     TxMove("commit", _T.EXECUTING, _T.COMMITTED, every=frozenset({_S.DONE})),
     TxMove("abort", _T.EXECUTING, _T.COMPENSATING),
     TxMove("compensated", _T.COMPENSATING, _T.ABORTED, every=frozenset({_S.PLANNED, _S.ROLLED_BACK})),
-    TxMove("park", _T.COMPENSATING, _T.PARKED, some=frozenset({_S.PARKED})),
+    TxMove(
+        # What a parked step stands on is left as it is, DONE; everything else has been undone by then.
+        "park",
+        _T.COMPENSATING,
+        _T.PARKED,
+        every=frozenset({_S.PLANNED, _S.DONE, _S.ROLLED_BACK, _S.PARKED}),
+        some=frozenset({_S.PARKED}),
+    ),
     TxMove("retry", _T.PARKED, _T.COMPENSATING),
     TxMove("resolve", _T.PARKED, _T.ABORTED_MANUAL),
 )
@@ -201,16 +206,6 @@ def tx_move(name: str) -> TxMove:
 def step_move(name: str) -> StepMove:
     """The step's move of that name. Raises KeyError."""
     return _STEP_BY_NAME[name]
-
-
-def tx_sources(target: TxState) -> tuple[str, ...]:
-    """The states a stored transaction may be in for the compare-and-set to ``target``, sorted."""
-    return tuple(sorted(move.source.value for move in TX_MOVES if move.target is target))
-
-
-def step_sources(target: StepState) -> tuple[str, ...]:
-    """The states a stored step may be in for the compare-and-set to ``target``, sorted."""
-    return tuple(sorted({s.value for move in STEP_MOVES if move.target is target for s in move.sources}))
 
 
 class Ordered(Protocol):

@@ -60,9 +60,15 @@ def parse_url(url: str) -> Target:
         raise ConfigurationError(
             f"{url!r} is not a database URL; write sqlite+aiosqlite:///spine.db or postgresql+psycopg://host/name"
         ) from error
-    if parsed.drivername in POSTGRESQL_DRIVERS:
-        return Target("postgresql", parsed.set(drivername="postgresql+psycopg"))
     shown = parsed.render_as_string(hide_password=True)
+    if parsed.drivername in POSTGRESQL_DRIVERS:
+        try:
+            import psycopg  # noqa: F401
+        except ImportError as error:
+            raise ConfigurationError(
+                f"{shown} needs the driver of PostgreSQL, which is not there ({error}): install hoc-spine[postgres]"
+            ) from error
+        return Target("postgresql", parsed.set(drivername="postgresql+psycopg"))
     if parsed.drivername not in SQLITE_DRIVERS:
         raise ConfigurationError(
             f"a journal cannot be kept in {shown}: use sqlite+aiosqlite:///FILE or postgresql+psycopg://HOST/NAME"
@@ -146,6 +152,11 @@ def read_only_uri(target: Target) -> str:
         # SQLite cannot make its shared memory there, and nobody writes: evidence on read-only media.
         uri += "&immutable=1"
     return uri
+
+
+def lenient(stored: bytes) -> str:
+    """Text as it is stored: damaged bytes must reach whoever checks the hash."""
+    return stored.decode("utf-8", "surrogateescape")
 
 
 def _use_wal(connection: sqlite3.Connection, busy_timeout_ms: int) -> None:

@@ -35,6 +35,7 @@ _SQLITE_UNIT: Final = frozenset(
 _POSTGRESQL_STORAGE: Final = ("08", "25", "40", "53", "55", "57", "58", "XX")
 # Its classes about values: data, constraint, too large; and a value of another type than the column's.
 _POSTGRESQL_UNIT: Final = ("22", "23", "54", "42804")
+_POSTGRESQL_DAMAGE: Final = ("XX001", "XX002")
 _POSTGRESQL_PASSING: Final = ("40", "55P03")
 
 
@@ -94,6 +95,13 @@ def is_unit(error: BaseException) -> bool:
     if state:
         return str(state).startswith(_POSTGRESQL_UNIT)
     return state is None and not is_storage(error)
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether ``error`` says that what the database has stored is damaged."""
+    if isinstance(error, sqlite3.Error):
+        return _sqlite_code(error) == sqlite3.SQLITE_CORRUPT
+    return isinstance(error, UnicodeDecodeError) or getattr(error, "sqlstate", None) in _POSTGRESQL_DAMAGE
 
 
 def is_passing(error: BaseException) -> bool:

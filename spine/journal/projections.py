@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from spine.governance.contract import PENDING
 from spine.journal.domain_rows import domain_row
 from spine.journal.statements import Fields, Operation, delete, insert, update
 from spine.journal.tx_projections import TX_MAKERS
@@ -16,6 +17,8 @@ GUARD_DECISION: Final = "decision claim"
 GUARD_DECISION_OPEN: Final = "decision open"
 GUARD_KEY_OPEN: Final = "idempotency open"
 GUARD_EXPECTATION: Final = "expectation claim"
+GUARD_CONTRACT: Final = "contract claim"
+GUARD_VERDICT: Final = "contract verdict"
 GUARD_ACKNOWLEDGEMENT: Final = "acknowledgement"
 GUARD_EVENT: Final = "event claim"
 GUARD_EVENT_KNOWN: Final = "event known"
@@ -38,6 +41,7 @@ INSERT_KEY: Final = insert(
     key=(0, 1, 2),
 )
 INSERT_EVENT: Final = insert("outbox", 8, GUARD_EVENT, "event_id tx_id run_id n type state seq")
+INSERT_CONTRACT: Final = insert("contracts", 18, GUARD_CONTRACT, "run_id overall due_at seq")
 UPDATE_GOVERNANCE: Final = update(
     "governance",
     20,
@@ -63,6 +67,9 @@ CLOSE_KEY: Final = update(
     key=(2, 3, 4),
 )
 PUBLISH_EVENT: Final = update("outbox", 51, GUARD_EVENT_KNOWN, "state = 'published'", "event_id = ?", key=(0,))
+UPDATE_CONTRACT: Final = update(
+    "contracts", 52, GUARD_VERDICT, "overall = ?, due_at = ?, seq = ?", "run_id = ? AND seq = ?", key=(3,)
+)
 CLOSE_DECISION: Final = delete("open_decisions", 60, GUARD_DECISION_OPEN, "decision_id", undoes=INSERT_DECISION)
 
 
@@ -77,7 +84,18 @@ def _run_started(fields: Fields, seq: int) -> list[Operation]:
     for promise in fields.get("expectations") or ():
         deadline_at = at + round(promise["deadline_s"] * 1_000_000)
         found.append((INSERT_EXPECTATION, (run_id, promise["domain"], promise["action"], deadline_at)))
+    due_at = fields.get("due_at")
+    if due_at is not None:
+        # None where nothing was promised, or where the unit that starts the run judges its contract too.
+        found.append((INSERT_CONTRACT, (run_id, PENDING, due_at, seq)))
     return found
+
+
+def _contract_reconciled(fields: Fields, seq: int) -> list[Operation]:
+    run_id, overall, due_at, previous = fields["run_id"], fields["overall"], fields["due_at"], fields["previous"]
+    if previous is None:
+        return [(INSERT_CONTRACT, (run_id, overall, due_at, seq))]
+    return [(UPDATE_CONTRACT, (overall, due_at, seq, run_id, previous))]
 
 
 def _decision(fields: Fields, seq: int) -> list[Operation]:
@@ -167,6 +185,7 @@ MAKERS: Final[Mapping[str, Callable[[Fields, int], list[Operation]]]] = {
     "governance.changed": _governance_changed,
     **TX_MAKERS,
     "ack": _ack,
+    "contract.reconciled": _contract_reconciled,
     "event": _event,
     "event.published": _event_published,
     "policy.evaluation": _policy_evaluation,

@@ -9,12 +9,14 @@ from typing import Any, Final
 
 import orjson
 
+from spine.governance.contract import CONTRACT_KINDS
 from spine.journal.chain import GENESIS, MAIN_PREFIX, STREAM, row_hash
+from spine.journal.engine import lenient
 from spine.journal.processes import surely_dead
 from spine.journal.reading import Reading
-from spine.journal.readonly import lenient
 from spine.journal.rows import (
     Counts,
+    DueContract,
     GovernanceRow,
     HeadRow,
     IdempotencyRow,
@@ -85,6 +87,30 @@ class JournalReader(Reading):
         if self._target.dialect == "sqlite":
             return f"json_extract(body, '$.{name}') = 0"
         return f"(body::json ->> '{name}') = 'false'"
+
+    async def contract_rows(self, run_id: str) -> list[Row]:
+        """The journal rows of the run that tell of its contract, in order."""
+        return await self.run_rows(run_id, *CONTRACT_KINDS)
+
+    async def due_contracts(
+        self, before_us: int, limit: int, *, after: tuple[int, str] | None = None
+    ) -> list[DueContract]:
+        """Up to ``limit`` contracts due before that time (unix microseconds), the earliest first.
+
+        ``after`` is the moment and run id to go on from.
+        """
+        where: list[str] = ["due_at < ?"]
+        values: list[Any] = [before_us]
+        if after is not None:
+            where.append("(due_at, run_id) > (?, ?)")
+            values += after
+        found = await self._all(
+            f"SELECT {_columns(DueContract)} FROM contracts WHERE {' AND '.join(where)} "
+            "ORDER BY due_at, run_id LIMIT ?",
+            *values,
+            limit,
+        )
+        return [DueContract(*values) for values in found]
 
     async def run_ids_like(self, prefix: str, limit: int = 10) -> list[str]:
         """Up to ``limit`` ids, sorted, of runs with journal rows that begin with ``prefix``."""
@@ -291,6 +317,7 @@ class JournalReader(Reading):
     async def counts(self) -> Counts:
         """How much there is of what."""
         states = dict(await self._pairs("SELECT state, count(*) FROM runs GROUP BY state"))
+        contracts = dict(await self._pairs("SELECT overall, count(*) FROM contracts GROUP BY overall"))
         events = dict(await self._pairs("SELECT state, count(*) FROM outbox GROUP BY state"))
         unended = await self.unended()
         ((decisions, transactions),) = await self._scan(
@@ -309,6 +336,10 @@ class JournalReader(Reading):
             transactions_parked=unended.get("PARKED", 0),
             events=sum(events.values()),
             events_pending=events.get("pending", 0),
+            contracts_pending=contracts.get("PENDING", 0),
+            contracts_complete=contracts.get("COMPLETE", 0),
+            contracts_incomplete=contracts.get("INCOMPLETE", 0),
+            contracts_stale=contracts.get("STALE", 0),
         )
 
     async def _pairs(self, sql: str) -> list[tuple[str, int]]:

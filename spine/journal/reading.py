@@ -1,4 +1,4 @@
-"""Reading the journal beside its writer: lookups and long scans, each in a thread with a connection of its own."""
+"""Reading the journal beside its writer: lookups in a thread of their own, and long scans that hold up none of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import time
 from functools import partial
 from typing import Any, Final
 
+from spine.governance.params import text_problem
 from spine.journal.engine import Target, parse_url, unavailable
 from spine.journal.readonly import ReadOnly
+from spine.journal.scanning import Scans
 from spine.journal.thread import Worker
 
 _CLOSE_S: Final = 1.0
@@ -17,17 +19,15 @@ _READ_S: Final = 10.0
 _TOGETHER: Final = 32
 
 
-class _Queries:
+class _Lookups:
     """A thread that answers queries one after the other; it is started when it is first asked."""
 
-    def __init__(self, target: Target, name: str, together: int) -> None:
+    def __init__(self, target: Target) -> None:
         self._target = target
-        self._name = name
-        self._together = together
         self._opened: tuple[Worker, ReadOnly] | None = None
 
     def _open(self) -> tuple[Worker, ReadOnly]:
-        worker = Worker(self._name, together=self._together)
+        worker = Worker("journal reader", together=_TOGETHER)
         worker.start()
         self._opened = worker, ReadOnly(self._target, _READ_S)
         return self._opened
@@ -69,8 +69,8 @@ class Reading:
 
     def __init__(self, url: str) -> None:
         self._target = parse_url(url)
-        self._lookups = _Queries(self._target, "journal reader", _TOGETHER)
-        self._scans = _Queries(self._target, "journal scanner", 1)
+        self._lookups = _Lookups(self._target)
+        self._scans = Scans(self._target)
 
     async def open(self) -> None:
         """Connect and check the schema's version; reading does it when it was not done before.
@@ -81,7 +81,7 @@ class Reading:
 
     async def close(self) -> None:
         """Close its connections; reading again opens new ones."""
-        closing = [asyncio.create_task(queries.close()) for queries in (self._lookups, self._scans)]
+        closing = [asyncio.create_task(part.close()) for part in (self._lookups, self._scans)]
         # They go on even when nobody waits for it any more.
         await asyncio.wait(closing)
         for ended in closing:
@@ -89,8 +89,13 @@ class Reading:
 
     async def _all(self, sql: str, *params: Any) -> list[Any]:
         """The rows of a lookup: a query that is short however long the journal is."""
-        return await self._lookups.rows(sql, params)
+        return [] if _held_by_none(params) else await self._lookups.rows(sql, params)
 
     async def _scan(self, sql: str, *params: Any) -> list[Any]:
         """The rows of a query that may be long, and holds up no lookup."""
-        return await self._scans.rows(sql, params)
+        return [] if _held_by_none(params) else await self._scans.rows(sql, params)
+
+
+def _held_by_none(params: tuple[Any, ...]) -> bool:
+    """Whether no row can hold one of these values: the drivers raise on text that is not Unicode."""
+    return any(isinstance(value, str) and text_problem(value) for value in params)

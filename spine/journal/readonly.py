@@ -10,7 +10,15 @@ from typing import Any, Final
 
 from sqlalchemy import Engine
 
-from spine.journal.engine import Target, check_version, raw_connection, reading_engine, stored_version, unavailable
+from spine.journal.engine import (
+    Target,
+    check_version,
+    lenient,
+    raw_connection,
+    reading_engine,
+    stored_version,
+    unavailable,
+)
 from spine.journal.faults import is_database, is_passing
 from spine.journal.files import NamedFile
 from spine.journal.processes import closed, opened
@@ -135,8 +143,3 @@ class ReadOnly:
 def _cancel(connection: Any) -> None:
     with suppress(Exception):
         connection.cancel()
-
-
-def lenient(stored: bytes) -> str:
-    """Text as it is stored: damaged bytes must reach whoever checks the hash."""
-    return stored.decode("utf-8", "surrogateescape")

@@ -12,6 +12,7 @@ from sqlalchemy.pool import StaticPool
 
 from spine.journal.batch import Waves
 from spine.journal.chain import STREAM
+from spine.journal.faults import is_damage
 from spine.journal.projections import projections
 from spine.journal.scan import Break
 from spine.journal.statements import Operation, Statement
@@ -23,8 +24,8 @@ Stored = Callable[[Table], Iterable[Sequence[Any]]]
 
 # How a row without a journal row's number of its own finds the one it belongs to.
 _PLACES: Final = {
-    "run_expectations": "SELECT started_seq FROM runs WHERE run_id = ?",
-    "steps": "SELECT seq_begun FROM transactions WHERE tx_id = ?",
+    "run_expectations": "SELECT started_seq FROM runs WHERE run_id = CAST(? AS TEXT)",
+    "steps": "SELECT seq_begun FROM transactions WHERE tx_id = CAST(? AS TEXT)",
 }
 _PLACE_COLUMNS: Final = ("seq", "started_seq", "seq_decision", "seq_begun")
 
@@ -100,11 +101,16 @@ class Rebuild:
         for table in PROJECTIONS:
             columns = [column.name for column in table.columns]
             keys = [columns.index(column.name) for column in table.primary_key.columns]
-            ours = self._connection.execute(ordered(table))
-            for rebuilt, found in _merge(ours, stored(table), keys):
-                if rebuilt is None or found is None or tuple(rebuilt) != tuple(found):
-                    seq = self._place(table, columns, rebuilt, found)
-                    self.breaks.append(Break(STREAM, seq, f"projection:{table.name}", _said(columns, rebuilt, found)))
+            ours, kind = self._connection.execute(ordered(table)), f"projection:{table.name}"
+            try:
+                for rebuilt, found in _merge(ours, stored(table), keys):
+                    if rebuilt is None or found is None or tuple(rebuilt) != tuple(found):
+                        seq = self._place(table, columns, rebuilt, found)
+                        self.breaks.append(Break(STREAM, seq, kind, _said(columns, rebuilt, found)))
+            except Exception as error:
+                if is_damage(error):
+                    self.breaks.append(Break(STREAM, 0, kind, f"the table cannot be read: {error}"))
+                raise
 
     def _place(
         self, table: Table, columns: Sequence[str], rebuilt: Sequence[Any] | None, found: Sequence[Any] | None
@@ -115,7 +121,7 @@ class Rebuild:
         named = dict(zip(columns, row, strict=True))
         place = next((named[name] for name in _PLACE_COLUMNS if name in named), None)
         if table.name in _PLACES:
-            owner = self._connection.execute(_PLACES[table.name], (row[0],)).fetchone()
+            owner = self._connection.execute(_PLACES[table.name], (_stored(row[0]),)).fetchone()
             place = owner[0] if owner is not None else None
         return place if type(place) is int else 0
 
@@ -153,8 +159,13 @@ def _comparable(value: Any) -> tuple[int, Any]:
     if isinstance(value, (int, float)):
         return 1, value
     if isinstance(value, str):
-        return 2, value
+        return 2, _stored(value)
     return (0, 0) if value is None else (3, bytes(value))
+
+
+def _stored(value: Any) -> bytes:
+    """Text, damaged or not, as the bytes that the database holds and sorts by."""
+    return str(value).encode("utf-8", "surrogateescape")
 
 
 def _said(columns: Sequence[str], rebuilt: Sequence[Any] | None, found: Sequence[Any] | None) -> str:

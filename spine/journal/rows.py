@@ -56,6 +56,14 @@ class RunRow:
 
 
 @dataclass(frozen=True, slots=True)
+class DueContract:
+    """A run whose contract is to be judged at ``due_at`` (unix microseconds)."""
+
+    run_id: str
+    due_at: int
+
+
+@dataclass(frozen=True, slots=True)
 class IdempotencyRow:
     """A claimed key; ``state`` is open, done, interrupted or denied."""
 
@@ -131,3 +139,7 @@ class Counts:
     transactions_parked: int
     events: int
     events_pending: int
+    contracts_pending: int
+    contracts_complete: int
+    contracts_incomplete: int
+    contracts_stale: int

@@ -20,7 +20,8 @@ class Break:
     """One place where the record contradicts itself.
 
     ``kind`` is hash, prev, gap (missing rows from ``seq``), order (a row moved), column:NAME, body (not canonical
-    JSON), head, tail (the last rows are missing), projection:TABLE, checkpoint, or index (SQLite's own check).
+    JSON), head, tail (the last rows are missing), projection:TABLE, checkpoint, index (SQLite's own check), or
+    unreadable (the database finds itself damaged behind row ``seq``, and nothing from there on was compared).
     """
 
     stream: str
@@ -85,6 +86,10 @@ class ChainCheck:
             self._head(*main[0][1:])
         for size in self.checkpoints.keys() - self.met:
             self._broken(size, "checkpoint", f"the journal ends at row {self.last}")
+
+    def unreadable(self, error: Exception) -> None:
+        """Note that nothing could be read behind the last row taken."""
+        self._broken(self.last, "unreadable", str(error))
 
     def _head(self, size: Any, digest: Any) -> None:
         if type(size) is not int or size < self.last:

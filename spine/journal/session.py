@@ -26,11 +26,18 @@ from spine.journal.files import NamedFile
 from spine.journal.oslock import FileLock
 from spine.journal.processes import closed, opened
 from spine.journal.statements import Params, Placeholder, Statement, insert
+from spine.journal.tables import metadata
+from spine.journal.targets import targets
 
 _JOURNAL: Final = insert("journal", 0, "journal row", "stream seq prev hash body kind unit run_id tenant_id ref")
 # How many rows a text may hold: four sizes for each doubling.
 _ROOMS: Final = (*range(1, 9), *(base * step for base in (2, 4, 8, 16, 32, 64, 128) for step in (5, 6, 7, 8)))
 _WRITE_VERBS: Final = frozenset({"INSERT", "UPDATE", "DELETE", "REPLACE", "MERGE", "WITH"})
+_SCHEMA: Final = {
+    "sqlite": "SELECT 'main'",
+    "postgresql": "SELECT nspname FROM pg_namespace n JOIN pg_class c ON relnamespace = n.oid "
+    "WHERE c.oid = 'journal'::regclass",
+}
 _COMPILED_MAX: Final = 1_000
 _RESTART_FACTOR: Final = 8
 _RESTART_WAIT_MS: Final = 100
@@ -50,6 +57,7 @@ class Session:
         self._connection: Any = None
         self._lock: FileLock | None = None
         self._file: NamedFile | None = None
+        self._schema = ""
         self._texts: dict[tuple[Statement, int, bool], str] = {}
         self._compiled: dict[str, tuple[str, Sequence[str] | None]] = {}
         p = self._placeholder
@@ -78,6 +86,7 @@ class Session:
         try:
             if not create:
                 check_version(stored_version(connection, self.target), self.target)
+            self._schema = str(connection.execute(_SCHEMA[self.target.dialect]).fetchone()[0]).lower()
         except BaseException:
             connection.close()
             raise
@@ -226,6 +235,9 @@ class Session:
             verb = sql.split(None, 1)[0].upper() if sql.strip() else ""
             if verb not in _WRITE_VERBS:
                 raise ValueError(f"a commit takes {', '.join(sorted(_WRITE_VERBS))}, not {verb or 'nothing'}")
+            for schema, table in targets(sql):
+                if table in metadata.tables and schema in {"", self._schema}:
+                    raise ValueError(f"table {table} is Spine's own: a domain writes to tables of its own")
             if self._engine is None:
                 raise StorageError("the journal is closed")
             compiled: Any = text(sql).compile(dialect=self._engine.dialect)

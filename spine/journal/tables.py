@@ -119,6 +119,21 @@ run_expectations = _small(
     _int("deadline_at"),
 )
 
+contracts = _small(
+    "contracts",
+    _text("run_id", key=True),
+    _text("overall"),
+    _int("due_at", null=True),
+    _int("seq"),
+    Index(
+        "contracts_due",
+        "due_at",
+        "run_id",
+        sqlite_where=text("due_at IS NOT NULL"),
+        postgresql_where=text("due_at IS NOT NULL"),
+    ),
+)
+
 acknowledgements = _small(
     "acknowledgements",
     _int("seq", key=True),
@@ -252,6 +267,7 @@ PROJECTIONS: Final = (
     governance,
     runs,
     run_expectations,
+    contracts,
     acknowledgements,
     open_decisions,
     idempotency,

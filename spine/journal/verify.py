@@ -16,13 +16,14 @@ from spine.journal.chain import STREAM
 from spine.journal.engine import (
     Target,
     check_version,
+    lenient,
     parse_url,
     read_only_uri,
     reading_engine,
     stored_version,
     unavailable,
 )
-from spine.journal.readonly import lenient
+from spine.journal.faults import is_damage
 from spine.journal.rebuild import Rebuild, ordered
 from spine.journal.scan import ROW_COLUMNS, Break, ChainCheck
 from spine.kernel.errors import JournalError
@@ -30,7 +31,7 @@ from spine.kernel.errors import JournalError
 __all__ = ["Break", "VerifyReport", "verify"]
 
 _PAGE: Final = 1_000
-_JOURNAL: Final = f"SELECT {', '.join(ROW_COLUMNS)} FROM journal WHERE stream = '{STREAM}'"
+_JOURNAL: Final = f"SELECT {', '.join(ROW_COLUMNS)} FROM journal WHERE stream = '{STREAM}' ORDER BY seq"
 _STRANGERS: Final = f"SELECT stream, seq FROM journal WHERE stream < '{STREAM}' OR stream > '{STREAM}'"
 _HEADS: Final = "SELECT stream, size, hash FROM journal_head ORDER BY stream"
 
@@ -74,15 +75,20 @@ def _verify(target: Target, kept: dict[int, set[str]]) -> VerifyReport:
     with ExitStack() as stack:
         stack.callback(engine.dispose)
         source = stack.enter_context(_snapshot(engine, target))
-        check_version(stored_version(source.connection, target), target)
         rebuild = stack.enter_context(closing(Rebuild()))
         indexes = stack.enter_context(_index_check(target))
-        for page in source.pages():
-            rebuild.take(check.take(page))
-        for page in source.read(_STRANGERS):
-            check.breaks += [Break(str(stream), _number(seq), "head", "another stream") for stream, seq in page]
-        check.finish([head for page in source.read(_HEADS) for head in page])
-        rebuild.compare(lambda table: chain.from_iterable(source.read(ordered(table))))
+        try:
+            check_version(stored_version(source.connection, target), target)
+            for page in source.read(_JOURNAL):
+                rebuild.take(check.take(page))
+            for page in source.read(_STRANGERS):
+                check.breaks += [Break(str(stream), _number(seq), "head", "another stream") for stream, seq in page]
+            check.finish([head for page in source.read(_HEADS) for head in page])
+            rebuild.compare(lambda table: chain.from_iterable(source.read(ordered(table))))
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            check.unreadable(error)
         breaks = sorted({*check.breaks, *rebuild.breaks, *indexes()})
     return VerifyReport(not breaks, check.rows, breaks, (check.last, check.stored.hex()))
 
@@ -98,31 +104,25 @@ class _Source:
     target: Target
     connection: Any
 
-    def pages(self) -> Iterator[Sequence[Sequence[Any]]]:
-        """The journal's main stream in order."""
+    def read(self, sql: str) -> Iterator[list[Any]]:
+        """The rows of a query, a page at a time; text that is no longer UTF-8 is given as it is stored."""
+        given = 0
         try:
-            last = None
-            for page in self.read(f"{_JOURNAL} ORDER BY seq"):
+            for page in self._pages(sql, _PAGE):
                 yield page
-                last = page[-1][0]
-        except sqlite3.OperationalError as error:
-            if "decode" not in str(error):
-                raise
-        else:
-            return
-        # Some text is no longer UTF-8: from here on, undecodable bytes are kept as they are, for the hash to tell.
-        self.connection.text_factory = lenient
-        rest = _JOURNAL if last is None else f"{_JOURNAL} AND seq > ?"
-        yield from self.read(f"{rest} ORDER BY seq", () if last is None else (last,))
+                given += len(page)
+        except sqlite3.DatabaseError:
+            # Undecodable bytes are for the hash to tell. One row at a time, to come up to what cannot be read at all.
+            self.connection.text_factory = lenient
+            yield from self._pages(f"{sql} LIMIT -1 OFFSET {given}", 1)
 
-    def read(self, sql: str, params: Sequence[Any] = ()) -> Iterator[list[Any]]:
-        """The rows of a query, a page at a time."""
+    def _pages(self, sql: str, size: int) -> Iterator[list[Any]]:
         sqlite = self.target.dialect == "sqlite"
         # A server-side cursor: the client-side one would fetch everything at once.
         cursor = self.connection.cursor() if sqlite else self.connection.cursor(name="spine_verify")
         try:
-            cursor.execute(sql, params)
-            while page := cursor.fetchmany(_PAGE):
+            cursor.execute(sql)
+            while page := cursor.fetchmany(size):
                 yield page
         finally:
             cursor.close()
@@ -155,7 +155,12 @@ def _index_check(target: Target) -> Iterator[Callable[[], list[Break]]]:
 
     def check() -> list[Break]:
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
-            said = [line for (line,) in connection.execute("PRAGMA integrity_check")]
+            try:
+                said = [line for (line,) in connection.execute("PRAGMA integrity_check")]
+            except Exception as error:
+                if not is_damage(error):
+                    raise
+                said = [str(error)]
         return [] if said == ["ok"] else [Break(STREAM, 0, "index", "; ".join(map(str, said)))]
 
     with ThreadPoolExecutor(1, "spine-verify") as threads:

@@ -81,3 +81,9 @@ class Tasks:
         for task in list(self._tasks):
             task.cancel()
         return await self.drained(seconds)
+
+
+def cancelling() -> bool:
+    """Whether the current task is asked to end: else a ``CancelledError`` in it is somebody else's."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO, Literal
@@ -14,6 +15,7 @@ from spine.governance.operations import NAME
 from spine.governance.params import id_problem, text_problem
 
 LINE_MOST_BYTES = 1 << 20
+_READ_BYTES = len(BOM_UTF8) + LINE_MOST_BYTES + len(b"\r\n")
 _NAME_MOST = 200
 _SHOWN_PROBLEMS = 5
 
@@ -113,10 +115,12 @@ class NumberedLine:
 
 
 def read_lines(file: BinaryIO) -> Iterator[NumberedLine]:
-    """Read a file line by line, skipping blank ones and never holding more than ``LINE_MOST_BYTES`` of one."""
+    """Read a file line by line, skipping blank ones and never holding much more than ``LINE_MOST_BYTES`` of one."""
     number = 0
-    while raw := file.readline(LINE_MOST_BYTES + 2):
+    while raw := file.readline(_READ_BYTES):
         number += 1
+        if number == 1:
+            raw = raw.removeprefix(BOM_UTF8)
         ended = raw.endswith(b"\n")
         if len(raw.rstrip(b"\r\n")) > LINE_MOST_BYTES:
             while not ended and (rest := file.readline(LINE_MOST_BYTES)):

@@ -10,7 +10,18 @@ from spine.journal.reader import JournalReader
 
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 TIMES = frozenset(
-    {"at", "deadline_at", "completed_at", "created_at", "timestamp", "duration_ms", "queue_us", "eval_us", "handle_us"}
+    {
+        "at",
+        "deadline_at",
+        "due_at",
+        "completed_at",
+        "created_at",
+        "timestamp",
+        "duration_ms",
+        "queue_us",
+        "eval_us",
+        "handle_us",
+    }
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,16 @@ def test_bypass_has_an_end_and_restore_tells_what_it_let_through(replayed: Path,
     restored = told("restore", *WHO)
     assert [item["code"] for item in restored["would_have_denied"]] == ["NO_TOOL"] * 8
     assert told("verify")["ok"] is True
+
+
+def test_health_shows_the_state_that_binds_though_nobody_has_ended_the_expired_bypass(replayed: Path) -> None:
+    told("bypass", *WHO)
+    assert told("health")["governance"]["state"] == "bypassed"
+    with closing(sqlite3.connect("spine.db", isolation_level=None)) as file:
+        file.execute("UPDATE governance SET expires_at = since_at")
+    shown = told("health")["governance"]
+    assert (shown["state"], shown["epoch"], shown["expires_at"]) == ("active", 2, shown["since_at"])
+    assert ok("health").startswith("authority active\n")
 
 
 @pytest.mark.parametrize("command", ["bypass", "degrade", "halt", "restore"])

@@ -79,6 +79,7 @@ def test_a_beginning_of_an_id_is_enough_when_it_is_unique(day: Path) -> None:
     assert all(run_id in line for run_id in ENDINGS)
     assert "no run 'nope'" in refused("why", "nope", "--db", day, code=6)
     assert "no run '%'" in refused("why", "%", "--db", day, code=6)
+    assert "no run 'run-\\udcff'" in refused("why", "run-\udcff", "--db", day, code=6)
 
 
 def test_runs_lists_every_run_with_its_verdict(day: Path) -> None:
@@ -88,8 +89,12 @@ def test_runs_lists_every_run_with_its_verdict(day: Path) -> None:
     }
     assert [item["run_id"] for item in told("runs", "--db", day, "--limit", "2")] == [i["run_id"] for i in listed[:2]]
     assert [item["run_id"] for item in told("runs", "--db", day, "--verdict", "denied")] == ["run-large-refund"]
+    assert {item["run_id"]: item["contract"] for item in listed} == {
+        item["run_id"]: told("why", item["run_id"], "--db", day, code=ENDINGS[item["run_id"]][1])["contract"]["overall"]
+        for item in listed
+    }
     header, *lines = ok("runs", "--db", day).splitlines()
-    assert header.split()[:3] == ["run", "tenant", "verdict"]
+    assert header.split()[:5] == ["run", "tenant", "verdict", "status", "contract"]
     assert len(lines) == len(listed)
     assert "'lost' is none of" in refused("runs", "--db", day, "--verdict", "lost")
 
@@ -113,6 +118,8 @@ def test_health_tells_state_head_and_counts(day: Path) -> None:
     assert health["rows"] == told("verify", "--db", day)["rows"]
     assert health["runs"] == 5
     assert health["decisions_open"] == 0
+    contracts = [health[f"contracts_{overall}"] for overall in ("pending", "complete", "incomplete", "stale")]
+    assert sum(contracts) == 5
     assert ok("health", "--db", day).startswith("authority active\n")
 
 

@@ -133,6 +133,7 @@ async def test_a_completion_writes_every_domain_in_one_commit(database_url: str)
         "event",
         "tx.committed",
         "ack",
+        "contract.reconciled",
     ]
     assert [(body["domain"], body["action"], body["status"]) for body in unit if body["kind"] == "ack"] == [
         ("incidents", "create_incident", "SUCCESS"),
@@ -264,10 +265,11 @@ FAULTS: dict[str, tuple[Callable[[RunFacts], Any], str, str]] = {
     "ends the transaction": (writes(Write("COMMIT")), "WRITE_GUARD", "COMMIT"),
     "only reads": (writes(Write("SELECT * FROM bills")), "WRITE_GUARD", "SELECT"),
     "two statements": (
-        writes(Write("INSERT INTO bills VALUES ('a', 'x', 1); DELETE FROM journal", rows=None)),
+        writes(Write("INSERT INTO bills VALUES ('a', 'x', 1); DELETE FROM bills", rows=None)),
         "WRITE_GUARD",
         "statement",
     ),
+    "touches the record": (writes(Write("DELETE FROM journal", rows=None)), "WRITE_GUARD", "table journal is Spine's"),
 }
 
 

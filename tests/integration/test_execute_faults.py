@@ -19,7 +19,7 @@ from pydantic import BaseModel, model_serializer
 from actors.calls import Call
 from spine import AuthorityDecision, Event, OperationContext, OperationResult, Settings, Spine, TransactionFailed
 from spine.governance.facade import CreatePolicyEvaluation
-from spine.kernel.errors import NotRunning
+from spine.kernel.errors import ConfigurationError, NotRunning
 from tests.governed import Published, authority_fields, intact, journal, query, running, together, until
 
 
@@ -586,6 +586,45 @@ async def test_a_synchronous_handler_runs_off_the_loop_and_may_call_operations_t
     outer, inner = journal(desk.url, "decision")[:2]
     assert inner["parent"] == outer["decision_id"]
     assert inner["run_id"] == "run-1"
+
+
+async def test_a_synchronous_handler_that_calls_execute_in_its_own_thread_is_told_how(desk: Desk) -> None:
+    """Nobody awaits there: an error at once that names the way, not a call that silently never happens."""
+
+    @desk.spine.operation("desk.sync")
+    def sync(ctx: OperationContext) -> dict[str, Any]:
+        return {"nested": str(ctx.execute("desk.quick"))}
+
+    async with running(desk.spine):
+        result = sound(await desk.execute("desk.sync"))
+    assert result.error_code == "HANDLER_EXCEPTION:ConfigurationError"
+    assert "'desk.sync'" in str(result.error) and "anyio.from_thread.run(ctx.execute" in str(result.error)
+    assert desk.entered == 0
+
+
+@pytest.mark.parametrize("end", ["returned", "timed out"])
+async def test_nothing_is_executed_for_a_handler_that_has_ended(desk: Desk, end: str) -> None:
+    """Once its outcome is recorded, neither a context kept for later nor a call not yet awaited runs anything."""
+    kept: list[Any] = []
+
+    @desk.spine.operation("desk.keeper", timeout_s=0.1)
+    async def keeper(ctx: OperationContext) -> None:
+        kept.extend((ctx.execute, ctx.execute("desk.quick")))
+        while end == "timed out" and not desk.leave.is_set():
+            try:
+                await desk.leave.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async with running(desk.spine):
+        assert sound(await desk.execute("desk.keeper", run_id="run-1")).success is (end == "returned")
+        execute, pending = kept
+        for late in (pending, execute("desk.quick")):
+            with pytest.raises(ConfigurationError, match=r"'desk\.keeper' after its end"):
+                await late
+        desk.leave.set()
+    assert desk.entered == 0
+    assert [body["operation"] for body in journal(desk.url, "decision")] == ["desk.keeper"]
 
 
 async def test_a_synchronous_handler_that_hangs_is_answered_for_and_its_thread_abandoned(desk: Desk) -> None:

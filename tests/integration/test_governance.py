@@ -16,8 +16,9 @@ import pytest
 
 from spine import AuthorityDecision, OperationContext, OperationResult, Settings, Spine
 from spine.governance.authority import GovernanceMode, GovernanceState
+from spine.governance.facade import RunGovernanceFacade
 from spine.kernel.clock import VirtualClock
-from spine.kernel.errors import ConfigurationError
+from spine.kernel.errors import ConfigurationError, JournalUnavailable
 from tests.governed import authority_fields, intact, journal, query, running, together, until
 
 OPS: dict[str, Any] = {"reason": "an exercise", "actor": "ann"}
@@ -44,6 +45,11 @@ def shop(url: str, **settings: Any) -> Spine:
 
 def clock() -> VirtualClock:
     return VirtualClock(time.time_ns() // 1000)
+
+
+async def looked(virtual: VirtualClock) -> None:
+    """The Spine on this clock has looked for other processes' switches and waits a second for the next look."""
+    await until(lambda: any(moment == 1.0 for moment, *_ in virtual._sleepers))
 
 
 buy = "shop.buy"
@@ -273,6 +279,7 @@ async def test_an_expired_bypass_governs_again_restores_itself_and_reports(sqlit
         await virtual.advance(1)
         assert (await execute(spine, None, 12)).success
         virtual._now += 1.0  # the moment has come, and nobody has been woken yet
+        assert spine.health().governance["state"] == "active"
         assert (await execute(spine, "run-1", 11)).error_code == "LIMIT"
         await until(lambda: journal(sqlite_url, "governance.report"), clock=virtual)
         assert spine.health().governance["state"] == "active"
@@ -323,7 +330,7 @@ async def test_a_bypass_expires_while_no_process_runs(sqlite_url: str) -> None:
     again = shop(sqlite_url, clock=later)
     async with running(again):
         assert (await execute(again, None, 11)).error_code == "LIMIT"
-        await until(lambda: again.health().governance["state"] == "active", clock=later)
+        await until(lambda: journal(sqlite_url, "governance.changed")[1:], clock=later)
     assert [body["to"] for body in journal(sqlite_url, "governance.changed")] == ["bypassed", "active"]
 
 
@@ -404,6 +411,64 @@ async def test_a_switch_elsewhere_binds_the_next_start_here(database_url: str) -
         assert (await there.start_run("run-2", tenant_id="acme")).code == "HALTED"
         await here.restore(**OPS)
         assert (await there.start_run("run-2", tenant_id="acme")).allowed
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("refused", ["unknown", "invalid"])
+async def test_a_refused_call_starts_no_run_behind_a_switch_elsewhere(database_url: str, refused: str) -> None:
+    """What is refused without asking any rule is decided under the committed state too: degraded starts no run."""
+    here, there = shop(database_url), shop(database_url, clock=(virtual := clock()))
+    async with running(here, there):
+        await looked(virtual)
+        await here.degrade(**OPS)
+        if refused == "unknown":
+            result = await execute(there, "new", operation="shop.steal")
+            assert result.error_code == "UNKNOWN_OPERATION"
+        else:
+            result = await there.execute(buy, tenant_id="acme", run_id="new", params=[])  # type: ignore[arg-type]
+            assert result.error_code == "INVALID_PARAMS"
+        assert (await execute(there, "new")).error_code == "DEGRADED_NEW_RUN"
+    decided, _ = journal(database_url, "decision")
+    assert (decided["run_id"], decided["epoch"]) == ("new", 2)
+    assert journal(database_url, "run.started") == []
+
+
+@pytest.mark.anyio
+async def test_a_report_behind_a_switch_elsewhere_starts_its_run_flagged(database_url: str) -> None:
+    """A report is always accepted; the run that it starts carries the state that is committed, not the last known."""
+    here, there = shop(database_url), shop(database_url, clock=(virtual := clock()))
+    async with running(here, there):
+        await looked(virtual)
+        await here.degrade(**OPS)
+        assert await RunGovernanceFacade(there.ask).create_policy_evaluation("new", "acme", "succeeded")
+    (started,) = journal(database_url, "run.started")
+    assert (started["epoch"], started["authority_code"], started["authority_degraded"]) == (2, "DEGRADED", True)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("work", ["start", "denied start", "report"])
+async def test_a_state_that_cannot_be_read_is_not_asked_for_without_end(sqlite_url: str, work: str) -> None:
+    """The commit says that the state moved on, the reader cannot tell to what: refused at once, and later done."""
+    here, there = shop(sqlite_url), shop(sqlite_url, clock=(virtual := clock()))
+    async with running(here, there):
+        await looked(virtual)
+        if work == "denied start":
+            await there.degrade(**OPS)
+            await here.restore(**OPS)
+        await here.halt(**OPS)
+
+        async def unreadable() -> None:
+            raise JournalUnavailable("a table is away")
+
+        reader, there._system.reader.governance = there._system.reader.governance, unreadable  # type: ignore[method-assign]
+        with anyio.fail_after(5):
+            if work == "report":
+                facade = RunGovernanceFacade(there.ask)
+                assert await facade.create_policy_evaluation("new", "acme", "succeeded") is None
+            else:
+                assert (await there.start_run("new", tenant_id="acme")).code == "JOURNAL_UNAVAILABLE"
+        there._system.reader.governance = reader  # type: ignore[method-assign]
+        assert (await there.start_run("new", tenant_id="acme")).code == "HALTED"
 
 
 @pytest.mark.anyio

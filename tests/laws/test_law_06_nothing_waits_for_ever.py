@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -197,6 +199,76 @@ async def test_a_handler_that_swallows_its_cancellation_delays_nobody_but_itself
         release.set()
         await until(lambda: not spine._system.supervisor._children["registry"].actor._calls)  # type: ignore[union-attr]
         assert (await spine.status())["operations"]["work.stubborn"]["running"] == 0
+
+
+async def test_a_synchronous_handler_that_hangs_keeps_its_slot_and_its_thread_until_it_ends(sqlite_url: str) -> None:
+    """One slot, ten calls, one thread: the first is answered at its deadline and told of as stuck, the others wait."""
+    spine, release, entered = Spine(sqlite_url), threading.Event(), Counter[int]()
+
+    @spine.operation("work.hang", timeout_s=0.1, concurrency=1)
+    def hang(ctx: OperationContext) -> None:
+        entered[ctx.params["n"]] += 1
+        release.wait(30)
+
+    async with spine:
+        with capture_logs() as logs, Clocked() as calls:
+            results = [
+                await spine.execute("work.hang", tenant_id="acme", run_id="run-1", params={"n": n}) for n in range(10)
+            ]
+        assert {result.error_code for result in results} == {"TIMEOUT"}
+        assert "its thread cannot be cancelled" in str(results[0].error)
+        assert calls.took < 9
+        assert entered == {0: 1}
+        assert [log["operation"] for log in logs if log["event"] == "spine.operation.stuck"] == ["work.hang"]
+        assert spine.health().decisions["stuck"] == 1
+        assert (await spine.status())["operations"]["work.hang"]["running"] == 1
+        with capture_logs() as logs:
+            release.set()
+            await until(lambda: [log for log in logs if log["event"] == "spine.operation.late"])
+        assert (await spine.execute("work.hang", tenant_id="acme", params={"n": 10})).success
+        assert (await spine.status())["operations"]["work.hang"]["running"] == 0
+    assert not unanswered(rows(sqlite_url))
+    assert [row["error_code"] for row in found(sqlite_url, "outcome")] == ["TIMEOUT", None]
+
+
+HANGS_FOR_EVER = """
+import asyncio, sys, threading
+from spine import Settings, Spine
+
+spine = Spine(sys.argv[1], settings=Settings(drain_s=0.1))
+
+@spine.operation("work.hang", timeout_s=0.1)
+@spine.operation("work.long")
+def hang(ctx):
+    threading.Event().wait()
+
+async def main():
+    async with spine:
+        await spine.execute("work.hang", tenant_id="acme")
+        long = asyncio.ensure_future(spine.execute("work.long", tenant_id="acme"))
+        while spine.health().decisions["allowed"] < 2:
+            await asyncio.sleep(0.01)
+        receipts = await spine.stop()
+        print((await long).error_code, *(f"{receipt.child}:{receipt.end}" for receipt in receipts))
+
+asyncio.run(main())
+"""
+
+
+async def test_a_thread_that_hangs_for_ever_keeps_neither_spine_nor_process_from_ending(sqlite_url: str) -> None:
+    """The outcomes are recorded, the receipt says what is left behind, and the interpreter exits all the same."""
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", HANGS_FOR_EVER, sqlite_url],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()[-1]
+    assert told == "INTERRUPTED coordinator:clean registry:leaked router:clean audit:clean"
+    assert [row["error_code"] for row in found(sqlite_url, "outcome")] == ["TIMEOUT", "INTERRUPTED"]
 
 
 async def test_two_limited_operations_that_call_each_other_do_not_deadlock(sqlite_url: str) -> None:
@@ -445,6 +517,39 @@ async def test_an_idle_spine_stops_at_once_and_leaves_nothing_behind(sqlite_url:
     assert ours() == []
     await until(lambda: not [t for t in threading.enumerate() if t.name.startswith("spine")])
     assert await spine.stop() == []
+
+
+@pytest.mark.parametrize("timeout_s", [30, 0.8])
+async def test_a_stop_records_the_interruption_of_a_handler_that_swallows_it(sqlite_url: str, timeout_s: float) -> None:
+    """It will not end, but its caller hears INTERRUPTED, durably, and the journal's decision is closed; it is leaked.
+
+    However near its own deadline is.
+    """
+    spine, release = Spine(sqlite_url, settings=Settings(drain_s=0.1)), asyncio.Event()
+
+    @spine.operation("work.stubborn", timeout_s=timeout_s)
+    async def stubborn(ctx: OperationContext) -> None:
+        while not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue
+
+    await spine.start()
+    call = asyncio.ensure_future(spine.execute("work.stubborn", tenant_id="acme", run_id="run-1"))
+    await until(lambda: spine.health().decisions["allowed"] == 1)
+    with Clocked() as stop:
+        receipts = await spine.stop()
+    assert stop.took < 10
+    assert {receipt.child: receipt.end for receipt in receipts}["registry"] == "leaked"
+    result = await call
+    assert (result.error_code, result.durable) == ("INTERRUPTED", True)
+    assert not unanswered(rows(sqlite_url))
+    (outcome,) = found(sqlite_url, "outcome")
+    assert outcome["error_code"] == "INTERRUPTED"
+    release.set()
+    await until(lambda: ours() == [])
+    assert_intact(sqlite_url)
 
 
 async def test_running_work_may_end_within_the_drain_time(sqlite_url: str) -> None:

@@ -29,6 +29,7 @@ from tests.laws.world import file_of, rows
 GENESIS = bytes(32)
 PROJECTIONS = (
     "acknowledgements",
+    "contracts",
     "governance",
     "idempotency",
     "incidents",
@@ -438,6 +439,15 @@ async def test_why_tells_that_its_evidence_is_broken(sqlite_url: str) -> None:
                 "WHERE run_id = 'run-1' AND kind = 'decision'"
             )
         assert not (await spine.why("run-1")).to_dict()["evidence"]["intact"]
+
+
+@pytest.mark.anyio
+async def test_why_of_an_id_that_is_not_text_is_why_of_no_run(sqlite_url: str) -> None:
+    """No journal can hold such an id: a program is told that there is no such run, not how text is encoded."""
+    async with Spine(sqlite_url) as spine:
+        for run_id in ("\ud800", "run-1\x00"):
+            with pytest.raises(LookupError, match="no journal row tells of run"):
+                await spine.why(run_id)
 
 
 def test_the_command_says_which_row_is_broken_and_by_its_exit_code_that_one_is(record: Record) -> None:

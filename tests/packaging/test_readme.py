@@ -35,14 +35,22 @@ def run(program: str, folder: Path) -> str:
 
 
 def test_the_service_of_the_readme_runs_as_printed(tmp_path):
-    service, _ = blocks("python")
+    service, _, _ = blocks("python")
     shown = run(f"import asyncio\n{service}\nasyncio.run(main())\n", tmp_path)
     assert "run-1" in shown
     assert "succeeded" in shown
 
 
+def test_the_domain_of_the_readme_runs_as_printed(tmp_path):
+    _, domain, _ = blocks("python")
+    shown = run(f"import asyncio\n{domain}\nasyncio.run(main())\n", tmp_path)
+    assert "payment-run-7" in shown
+    assert "ROLLED_BACK NO_CREDIT" in shown
+    assert "payments (EXTERNAL) ROLLED_BACK: this agent may not pay" in shown
+
+
 def test_the_worker_of_the_readme_runs_as_printed(tmp_path):
-    _, worker = blocks("python")
+    _, _, worker = blocks("python")
     assert run(f"{worker}\nprint(result.is_complete)\n", tmp_path).split()[-1] == "True"
     assert "spine" not in re.findall(r"^(?:from|import) (\w+)", worker, re.MULTILINE)
 

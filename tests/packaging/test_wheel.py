@@ -160,3 +160,23 @@ def test_the_help_of_the_command_loads_no_database_library(installed, tmp_path):
 def test_an_installed_shim_needs_no_import_of_spine_by_the_worker(installed, tmp_path):
     names = "from compat.transaction_coordinator import get_transaction_coordinator, TransactionFailed"
     installed.run("python", "-c", f"{names}; print(get_transaction_coordinator)", cwd=tmp_path)
+
+
+def test_a_postgresql_url_without_the_extra_names_it_everywhere(installed, tmp_path):
+    url, extra = "postgresql+psycopg://user:secret@127.0.0.1:1/none", "install hoc-spine[postgres]"
+    start = "import anyio, spine; anyio.run(spine.Spine().start)"
+    shim = "from compat.transaction_coordinator import get_transaction_coordinator as get; get()"
+    complete = f"{shim}.execute(run_id='r', tenant_id='t', run_status='succeeded')"
+    asked = [("python", "-c", code) for code in (start, complete)]
+    asked += [("spine", name) for name in ("verify", "health", "runs")]
+    asked.append(("spine", "halt", "--reason", "r", "--actor", "a"))
+    for command in asked:
+        told = installed.run(*command, cwd=tmp_path, ok=False, SPINE_DATABASE_URL=url).stderr
+        assert extra in told, command
+        assert "secret" not in told
+        assert command[0] == "spine" or "ConfigurationError" in told
+    facade = "from compat.run_governance_facade import get_run_governance_facade as get"
+    record = f"{facade}; print(get().create_policy_evaluation('r', 't', 'succeeded'))"
+    told = installed.run("python", "-c", record, cwd=tmp_path, SPINE_DATABASE_URL=url).stdout
+    assert extra in told
+    assert told.endswith("None\n")

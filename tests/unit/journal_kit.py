@@ -25,7 +25,15 @@ DIGEST = "0" * 64
 def started(run: str = "run-1", *, implicit: bool = False, expectations: Sequence[dict[str, Any]] = ()) -> Record:
     fields = {"run_id": run, "tenant_id": "acme", "agent_id": "a7", "implicit": implicit, "instance": "i1", "epoch": 1}
     decision = {"allowed": True, "degraded": False, "code": "ALLOWED", "reason": "", "conditions": []}
-    return Record("run.started", 1_000, fields | {"expectations": list(expectations), "decision": decision} | FLAT)
+    due_at = min((1_000 + round(promise["deadline_s"] * 1_000_000) for promise in expectations), default=None)
+    fields |= {"expectations": list(expectations), "due_at": due_at, "decision": decision}
+    return Record("run.started", 1_000, fields | FLAT)
+
+
+def reconciled(run: str = "run-1", overall: str = "STALE", due_at: int | None = None, **changes: Any) -> Record:
+    found: dict[str, list[Any]] = {name: [] for name in ("missing", "drift", "failed", "stale", "pending")}
+    fields = {"run_id": run, "tenant_id": "acme", "overall": overall, "was": "PENDING", "due_at": due_at}
+    return Record("contract.reconciled", 9_800, fields | found | {"previous": 1} | changes)
 
 
 def decided(decision: str, run: str | None = "run-1", **changes: Any) -> Record:

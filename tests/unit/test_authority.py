@@ -374,6 +374,13 @@ def coroutine_of(ctx: OperationContext) -> Any:
     return asynchronous(ctx)
 
 
+def forged(decision: AuthorityDecision, **fields: Any) -> AuthorityDecision:
+    """A decision with fields that its constructor would not take."""
+    for name, value in fields.items():
+        object.__setattr__(decision, name, value)
+    return decision
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     "function",
@@ -388,6 +395,10 @@ def coroutine_of(ctx: OperationContext) -> Any:
         lambda ctx: AuthorityDecision.deny("no", code=5),  # type: ignore[arg-type]
         lambda ctx: AuthorityDecision.allow(None),  # type: ignore[arg-type]
         lambda ctx: AuthorityDecision.allow_with_degraded_flag("half", [5]),  # type: ignore[list-item]
+        lambda ctx: AuthorityDecision(False, False, "no way", "NO", None),  # type: ignore[arg-type]
+        lambda ctx: forged(AuthorityDecision.deny("no way"), conditions=None),
+        lambda ctx: forged(AuthorityDecision.deny("no way"), allowed=None),
+        lambda ctx: object.__new__(AuthorityDecision),
         coroutine_of,
     ],
     ids=[
@@ -401,6 +412,10 @@ def coroutine_of(ctx: OperationContext) -> Any:
         "code not text",
         "reason None",
         "condition not text",
+        "conditions None",
+        "conditions None, set later",
+        "allowed None",
+        "nothing set",
         "coroutine",
     ],
 )

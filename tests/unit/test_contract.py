@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from spine.governance.contract import (
     FINALIZE,
+    PENDING,
     STANDARD,
     Ack,
     AckStatus,
+    ContractError,
     Due,
     Expectation,
     Overall,
     promised,
     reconcile,
+    unmet,
 )
 
 SECOND = 1_000_000
@@ -117,9 +124,20 @@ def test_no_promises_no_verdict_to_give() -> None:
     assert reconcile([], [], now_us=0).overall is Overall.COMPLETE
 
 
+def test_what_is_promised_for_after_the_commit_still_has_time_when_the_run_is_finalised() -> None:
+    """It is pending until its own deadline, and missing only then."""
+    dues = [Expectation(*FINALIZE).due(0), Expectation("mail", "send", 10, after_commit=True).due(0)]
+    finalised = [Ack(*FINALIZE, AckStatus.SUCCESS)]
+    early, late = reconcile(dues, finalised, now_us=5_000_000), reconcile(dues, finalised, now_us=10_000_001)
+    assert ([f.domain for f in early.pending], early.standing, early.due_at) == (["mail"], "PENDING", 10_000_000)
+    assert ([f.domain for f in late.missing], late.standing, late.due_at) == (["mail"], "INCOMPLETE", None)
+    met = reconcile(dues, [*finalised, Ack("mail", "send", AckStatus.SUCCESS)], now_us=5_000_000)
+    assert (met.standing, met.due_at) == ("COMPLETE", None)
+
+
 def test_a_run_promises_the_standard_set_its_domains_and_the_users_own() -> None:
     found = promised(
-        [("incidents", "create_incident"), ("billing", "charge")],
+        [Expectation("incidents", "create_incident"), Expectation("billing", "charge")],
         [Expectation("incidents", "create_incident", 5), Expectation("mail", "sent", 9)],
     )
     assert {(e.domain, e.action): e.deadline_s for e in found} == {
@@ -134,3 +152,65 @@ def test_a_run_promises_the_standard_set_its_domains_and_the_users_own() -> None
 
 def test_a_deadline_is_counted_from_the_start() -> None:
     assert Expectation("a", "b", 1.5).due(10 * SECOND) == Due("a", "b", 11_500_000)
+
+
+def test_what_only_waits_stands_pending_and_what_is_found_has_its_verdict() -> None:
+    assert reconcile(DUES, [], now_us=0).standing == PENDING
+    assert reconcile(DUES, ALL, now_us=0).standing == "COMPLETE"
+    assert reconcile(DUES, [], now_us=61 * SECOND).standing == "INCOMPLETE"
+    assert reconcile(DUES, acks(("incidents", "create_incident"), status=FAILED), now_us=0).standing == "INCOMPLETE"
+    assert reconcile(DUES, [], now_us=3601 * SECOND).standing == "STALE"
+
+
+def test_the_next_due_moment_is_the_earliest_deadline_not_yet_judged() -> None:
+    assert reconcile(DUES, [], now_us=0).due_at == 60 * SECOND
+    assert reconcile(DUES, [], now_us=60 * SECOND).due_at == 60 * SECOND
+    assert reconcile(DUES, [], now_us=60 * SECOND + 1).due_at == 3600 * SECOND
+    assert reconcile(DUES, acks(("logs", "start_trace")), now_us=0).due_at == 3600 * SECOND
+    assert reconcile(DUES, [], now_us=3600 * SECOND + 1).due_at is None
+
+
+def test_what_was_reported_is_not_due_any_more_but_a_failed_finalisation_is() -> None:
+    dues = [Due("a", "b", 5), Due(*FINALIZE, 9)]
+    assert reconcile(dues, acks(("a", "b"), status=FAILED), now_us=0).due_at == 9
+    assert reconcile(dues, acks(("a", "b"), FINALIZE, status=FAILED), now_us=0).due_at == 9
+    assert reconcile(dues, acks(FINALIZE), now_us=0).due_at is None
+
+
+KEYS = st.sampled_from([("a", "x"), ("b", "x"), FINALIZE])
+PROMISES = st.dictionaries(KEYS, st.integers(0, 20)).map(lambda found: [Due(*key, at) for key, at in found.items()])
+REPORTS = st.lists(st.builds(lambda key, status: Ack(*key, status), KEYS, st.sampled_from(AckStatus)))
+
+
+@given(dues=PROMISES, reports=REPORTS, now=st.integers(0, 25))
+def test_the_verdict_holds_until_the_next_due_moment_and_not_beyond(
+    dues: list[Due], reports: list[Ack], now: int
+) -> None:
+    """So a sweep that looks at nothing before its moment misses nothing, and never comes for nothing."""
+    verdict = reconcile(dues, reports, now)
+    moment = verdict.due_at
+    for later in range(now, 25 if moment is None else moment + 1):
+        assert reconcile(dues, reports, later) == verdict
+    if moment is not None:
+        assert reconcile(dues, reports, moment + 1) != verdict
+
+
+def test_unmet_is_what_is_promised_and_not_delivered_but_by_the_completion_itself() -> None:
+    part = [("incidents", "create_incident"), ("policies", "evaluate_policy")]
+    dues = [*DUES, Due("billing", "charge", 5), Due("mail", "send", 5), Due("ledger", "book", 5)]
+    reports = [
+        *acks(("logs", "start_trace"), ("ledger", "book")),
+        Ack("mail", "send", FAILED, error="no such address"),
+        Ack("nobody", "asked", OK),
+    ]
+    found = unmet(dues, reports, part)
+    assert [str(finding) for finding in found] == ["billing/charge missing", "mail/send failed: no such address"]
+    taken_back = [*reports, Ack("ledger", "book", BACK, "x", tx_id="t")]
+    assert told(unmet(dues, taken_back, part)) == ["billing/charge", "mail/send", "ledger/book"]
+    assert told(unmet(DUES, [], part)) == ["logs/start_trace"]
+    assert unmet(DUES, ALL) == ()
+
+
+def test_a_refused_report_keeps_its_code_across_processes() -> None:
+    error = pickle.loads(pickle.dumps(ContractError("UNKNOWN_RUN", "run 'x' was never started")))
+    assert (error.code, str(error)) == ("UNKNOWN_RUN", "UNKNOWN_RUN: run 'x' was never started")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from spine.explain import EXIT_EVIDENCE_BROKEN, Explanation, explain, verdict
+from spine.explain import EXIT_EVIDENCE_BROKEN, Explanation, explain, kept, verdict
 from tests.unit.explain_rows import Journal
 
 
@@ -337,6 +337,15 @@ def test_a_kept_contract_is_complete() -> None:
     assert explained(journal, now_us=journal.at).contract["overall"] == "INCOMPLETE"  # type: ignore[index]
     journal.add("ack", domain="ledger", action="book", status="SUCCESS")
     assert explained(journal, now_us=journal.at).contract["overall"] == "COMPLETE"  # type: ignore[index]
+
+
+def test_what_was_kept_alone_is_the_overall_of_the_explanation() -> None:
+    journal = Journal()
+    assert kept(journal.rows, now_us=journal.at) is None
+    journal.start(expectations=[{"domain": "orchestrator", "action": "finalize_run", "deadline_s": 1}])
+    assert kept(journal.rows, now_us=journal.at) == "INCOMPLETE"
+    late = journal.at + 2_000_000
+    assert kept(journal.rows, now_us=late) == explained(journal, now_us=late).contract["overall"] == "STALE"  # type: ignore[index]
 
 
 def test_verdict_alone_is_the_verdict_of_the_explanation() -> None:

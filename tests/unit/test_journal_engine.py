@@ -16,6 +16,7 @@ from sqlalchemy import inspect
 from spine.governance.units import Unit
 from spine.journal import migrations
 from spine.journal.engine import parse_url, writing_engine
+from spine.journal.reader import JournalReader
 from spine.journal.tables import PROJECTIONS, metadata, spine_meta
 from spine.journal.verify import verify
 from spine.journal.writer import JournalWriter
@@ -60,6 +61,15 @@ def test_urls_that_cannot_hold_a_journal_are_refused_with_the_remedy(url: str, r
     with pytest.raises(ConfigurationError, match=reason) as raised:
         parse_url(url)
     assert "secret" not in str(raised.value)
+
+
+def test_a_postgresql_url_without_its_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    url = "postgresql://user:secret@host/name"
+    for use in (parse_url, JournalWriter, JournalReader, verify):
+        with pytest.raises(ConfigurationError, match=r"install hoc-spine\[postgres\]") as raised:
+            use(url)
+        assert "secret" not in str(raised.value)
 
 
 def test_a_relative_path_stays_where_it_was_when_the_directory_changes(

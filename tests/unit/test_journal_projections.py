@@ -34,6 +34,7 @@ from tests.unit.journal_kit import (
     incident,
     moved,
     published,
+    reconciled,
     started,
     step,
     switched,
@@ -105,6 +106,21 @@ def test_a_second_change_of_one_row_begins_a_new_wave() -> None:
     ]
 
 
+def test_a_contract_waits_from_the_start_unless_it_is_judged_in_the_same_unit() -> None:
+    first = projections(body(started(expectations=[PROMISE])), 7)[-1]
+    assert first == (plain.INSERT_CONTRACT, ("run-1", "PENDING", 1_000 + 30_000_000, 7))
+    assert all(statement is not plain.INSERT_CONTRACT for statement, _ in projections(body(started()), 7))
+    judged = projections(body(reconciled(previous=None, due_at=5)), 8)
+    assert judged == [(plain.INSERT_CONTRACT, ("run-1", "STALE", 5, 8))]
+
+
+def test_a_verdict_replaces_the_row_it_names_and_no_other() -> None:
+    assert projections(body(reconciled(previous=7)), 9) == [(plain.UPDATE_CONTRACT, ("STALE", None, 9, "run-1", 7))]
+    with pytest.raises(KeyError):
+        projections({"kind": "contract.reconciled", "run_id": "run-1", "overall": "STALE", "due_at": None}, 9)
+
+
+PROMISE = {"domain": "incidents", "action": "create_incident", "deadline_s": 30}
 NAMES = st.sampled_from(["a", "b"])
 UNITS = st.one_of(
     st.builds(lambda run: [started(run)], NAMES),
@@ -138,6 +154,9 @@ UNITS = st.one_of(
     st.builds(lambda tx, run: [aborted(tx, run)], NAMES, NAMES),
     st.builds(lambda tx, row: [step(tx, 0, "a", rows=[incident(row)])], NAMES, NAMES),
     st.builds(lambda event_id: [published(event_id)], NAMES),
+    st.builds(lambda run: [started(run, expectations=[PROMISE])], NAMES),
+    st.builds(lambda run, previous: [reconciled(run, previous=previous)], NAMES, st.sampled_from([None, 1, 2])),
+    st.builds(lambda run: [started(run), reconciled(run, previous=None)], NAMES),
 )
 BATCHES = st.lists(st.lists(st.tuples(UNITS, st.sampled_from([None, 1, 2])), max_size=8), min_size=1, max_size=4)
 

@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from spine.governance.units import Record, Unit
+from spine.governance.units import Committed, GuardFailed, Record, Unit
 from spine.journal.reader import JournalReader
 from spine.journal.rows import Counts
+from spine.journal.verify import verify
 from spine.kernel.errors import JournalBroken, JournalUnavailable, SchemaMismatch
 from tests.unit.journal_kit import (
+    acknowledged,
     all_committed,
     begun,
     day,
@@ -19,6 +21,7 @@ from tests.unit.journal_kit import (
     event,
     published,
     reading,
+    reconciled,
     sql,
     started,
     switched,
@@ -66,6 +69,13 @@ async def test_run_ids_are_completed_from_a_prefix(reader: JournalReader, journa
     assert await reader.run_ids_like("") == ["Run-9", "run%_x", "run-0", "run-1", "run-2", "run-\u00fc"]
 
 
+@pytest.mark.parametrize("run_id", ["\ud800", "run-\udcff", "run-1\x00"])
+async def test_an_id_that_no_database_can_hold_is_that_of_no_run(reader: JournalReader, run_id: str) -> None:
+    assert await reader.run(run_id) is None
+    assert await reader.run_rows(run_id) == []
+    assert await reader.run_ids_like(run_id) == []
+
+
 async def test_runs_are_listed_newest_first_and_page_by_page(reader: JournalReader, journal_url: str) -> None:
     await write(journal_url, [Unit("more", [started("open-1")])])
     assert [run.run_id for run in await reader.runs(2)] == ["open-1", "run-2"]
@@ -110,6 +120,10 @@ async def test_counts_are_what_the_tables_hold(reader: JournalReader) -> None:
         transactions_parked=0,
         events=3,
         events_pending=2,
+        contracts_pending=3,
+        contracts_complete=0,
+        contracts_incomplete=0,
+        contracts_stale=0,
     )
 
 
@@ -129,6 +143,54 @@ async def test_a_new_journal_is_active_at_epoch_1(journal_url: str) -> None:
     async with reading(journal_url) as reader:
         state = await reader.governance()
         assert (state.state, state.epoch, state.seq, (await reader.head()).size) == ("active", 1, 0, 0)
+
+
+async def test_contracts_are_due_from_their_moment_on_the_earliest_first(journal_url: str) -> None:
+    promised = [
+        started(run, expectations=[{"domain": "a", "action": "b", "deadline_s": seconds}])
+        for run, seconds in (("late", 9), ("b", 5), ("a", 5), ("judged", 1))
+    ]
+    async with writing(journal_url) as writer, reading(journal_url) as reader:
+        await writer.commit([Unit("u", [*promised, started("free")])])
+        assert all_committed(await writer.commit([Unit("v", [reconciled("judged", previous=4)])]))
+        assert await reader.due_contracts(5_001_000, 9) == []
+        due = await reader.due_contracts(9_001_001, 2)
+        assert [(contract.run_id, contract.due_at) for contract in due] == [("a", 5_001_000), ("b", 5_001_000)]
+        rest = await reader.due_contracts(9_001_001, 2, after=(5_001_000, "a"))
+        assert [contract.run_id for contract in rest] == ["b", "late"]
+        assert await reader.due_contracts(9_001_001, 2, after=(9_001_000, "late")) == []
+        counts = await reader.counts()
+    assert (counts.contracts_pending, counts.contracts_stale, counts.contracts_complete) == (3, 1, 0)
+    assert verify(journal_url).ok
+
+
+async def test_of_two_verdicts_over_the_same_row_one_stands(journal_url: str) -> None:
+    """The other one is refused by name, alone, though they share a batch."""
+    async with writing(journal_url) as writer:
+        await writer.commit([Unit("u", [started(expectations=[{"domain": "a", "action": "b", "deadline_s": 1}])])])
+        outcomes = await writer.commit(
+            [Unit(f"v{n}", [reconciled(overall=overall)]) for n, overall in enumerate(("STALE", "INCOMPLETE"))]
+        )
+        assert outcomes == [Committed(2, 2), GuardFailed("contract verdict", 1, 0)]
+        (again,) = await writer.commit([Unit("w", [reconciled(overall="COMPLETE", previous=2)])])
+        assert again == Committed(3, 3)
+    assert sql(journal_url, "SELECT overall, seq FROM contracts") == [("COMPLETE", 3)]
+    assert verify(journal_url).ok
+
+
+async def test_the_rows_of_a_contract_are_its_start_reports_and_verdicts(journal_url: str) -> None:
+    units = [
+        Unit("u", [started(), decided("d"), begun("tx"), acknowledged("tx"), reconciled(previous=None)]),
+        Unit("other", [started("run-2"), acknowledged("tx", "run-2")]),
+    ]
+    async with writing(journal_url) as writer, reading(journal_url) as reader:
+        assert all_committed(await writer.commit(units))
+        assert [(row.seq, row.body["kind"]) for row in await reader.contract_rows("run-1")] == [
+            (1, "run.started"),
+            (4, "ack"),
+            (5, "contract.reconciled"),
+        ]
+        assert await reader.contract_rows("nobody") == []
 
 
 async def test_pending_events_come_in_order_until_they_are_published(journal_url: str) -> None:

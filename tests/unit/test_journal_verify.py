@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import sqlite3
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import Table, Text
 
 from spine.governance.units import Unit
 from spine.journal.chain import GENESIS, MAIN_PREFIX, row_hash
@@ -280,6 +282,77 @@ def test_text_that_is_not_utf8_is_found_and_the_rest_still_checked(original: Pat
     assert kinds(report, 9) == {"column:kind"}
     assert "projection:runs" in kinds(report)
     assert report.rows == ROWS
+
+
+@pytest.mark.parametrize("table", PROJECTIONS, ids=str)
+def test_text_of_a_projection_that_is_not_utf8_is_found_and_named(original: Path, scratch: Path, table: Table) -> None:
+    for name in [column.name for column in table.columns if isinstance(column.type, Text)]:
+        with closing(sqlite3.connect(original)) as file:
+            ((filled,),) = file.execute(f"SELECT count({name}) FROM {table.name}")
+        bad = f"CAST(X'FF' || substr({name}, 2) AS TEXT)"
+        report = damaged(original, scratch, (f"UPDATE {table.name} SET {name} = {bad}", ()))
+        assert kinds(report) == ({f"projection:{table.name}"} if filled else set()), name
+        assert report.rows == ROWS
+
+
+def test_a_stream_that_is_not_utf8_is_found_at_its_place(original: Path, scratch: Path) -> None:
+    bad = "SET stream = CAST(X'FF' || 'ain' AS TEXT)"
+    report = damaged(original, scratch, (f"UPDATE journal {bad} WHERE seq = 5", ()))
+    assert {Break("main", 5, "gap"), Break("\udcffain", 5, "head")} <= set(report.breaks)
+    report = damaged(original, scratch, (f"UPDATE journal_head {bad}", ()))
+    assert report.breaks == [Break("main", ROWS, "head"), Break("\udcffain", 0, "head")]
+
+
+def torn(original: Path, scratch: Path, page: int) -> VerifyReport:
+    """A copy of which one page is no page of a tree any more."""
+    for leftover in scratch.parent.iterdir():
+        leftover.unlink()
+    content = bytearray(original.read_bytes())
+    content[(page - 1) * 4096] = 0
+    scratch.write_bytes(content)
+    return verify(f"sqlite:///{scratch}")
+
+
+def test_a_page_that_cannot_be_read_is_a_break_behind_the_last_good_row(original: Path, scratch: Path) -> None:
+    seq, marker = 12, b'"decision_id":"d-1"'
+    report = torn(original, scratch, original.read_bytes().index(marker) // 4096 + 1)
+    (place,) = (found.seq for found in report.breaks if found.kind == "unreadable")
+    assert 0 < place == report.rows < seq
+    assert "index" in kinds(report)
+    with closing(sqlite3.connect(scratch)) as file:
+        rows = file.execute("SELECT seq FROM journal NOT INDEXED ORDER BY rowid")
+        assert [row[0] for row in islice(rows, place)] == list(range(1, place + 1))
+        with pytest.raises(sqlite3.DatabaseError, match="malformed"):
+            next(rows)
+
+
+def test_a_projection_that_cannot_be_read_is_a_break_that_names_it(original: Path, scratch: Path) -> None:
+    with closing(sqlite3.connect(original)) as file:
+        ((page,),) = file.execute("SELECT rootpage FROM sqlite_master WHERE name = 'outbox'")
+    report = torn(original, scratch, page)
+    assert report.rows == ROWS
+    assert Break("main", 0, "projection:outbox") in report.breaks
+
+
+def test_a_schema_that_cannot_be_read_is_a_break(original: Path, scratch: Path) -> None:
+    statements = ("PRAGMA writable_schema=ON", "UPDATE sqlite_master SET sql = 'CREATE TABLE x' WHERE name = 'runs'")
+    report = damaged(original, scratch, *((statement, ()) for statement in statements))
+    assert (kinds(report), report.rows) == ({"unreadable", "index"}, 0)
+
+
+@pytest.mark.postgresql
+def test_what_postgresql_finds_damaged_is_a_break(journal_postgresql_url: str) -> None:
+    assert all_committed(asyncio.run(write(journal_postgresql_url, day())))
+    sql(journal_postgresql_url, "ALTER TABLE outbox RENAME TO sound")
+    sql(
+        journal_postgresql_url,
+        "CREATE FUNCTION torn(text) RETURNS text LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE 'invalid page' USING ERRCODE = 'data_corrupted'; END $$",
+    )
+    columns = "tx_id, run_id, n, type, state, seq"
+    sql(journal_postgresql_url, f"CREATE VIEW outbox AS SELECT torn(event_id) AS event_id, {columns} FROM sound")
+    report = verify(journal_postgresql_url)
+    assert report.breaks == [Break("main", 0, "projection:outbox"), Break("main", ROWS, "unreadable")]
 
 
 def test_all_breaks_are_reported(journal: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch, StorageFailed, Unit, Write
 from spine.journal.chain import GENESIS, MAIN_PREFIX, row_hash
 from spine.journal.domain_rows import GUARD_ROW
+from spine.journal.engine import parse_url
 from spine.journal.faults import CommitUnknown, StorageError
 from spine.journal.oslock import FileLock
 from spine.journal.projections import (
@@ -23,6 +24,7 @@ from spine.journal.projections import (
     GUARD_RUN,
 )
 from spine.journal.session import Session
+from spine.journal.tables import metadata
 from spine.journal.tx_projections import GUARD_RUN_KNOWN, GUARD_STEP, GUARD_TRANSACTION, GUARD_TRANSACTION_STATE
 from spine.journal.verify import verify
 from spine.journal.writer import JournalWriter
@@ -363,12 +365,13 @@ BAD_WRITES = [
     (Write("  ", {}), "not nothing"),
     (Write("SELECT 1"), "not SELECT"),
     (Write("DELETE FROM no_such_table"), "no_such_table"),
-    (Write("DELETE FROM runs WHERE run_id = :absent", {}), "absent"),
-    (Write("UPDATE lessons SET kind = :x", {"x": object()}, rows=None), "write 0: "),
+    (Write("DELETE FROM ledger WHERE id = :absent", {}), "absent"),
+    (Write("UPDATE ledger SET id = :x", {"x": object()}, rows=None), "write 0: "),
 ]
 
 
 async def test_writes_that_cannot_join_a_commit_fail_their_units(journal_url: str) -> None:
+    sql(journal_url, "CREATE TABLE ledger (id TEXT PRIMARY KEY)")
     units = [Unit(f"bad-{n}", [started(f"bad-{n}")], [bad]) for n, (bad, _) in enumerate(BAD_WRITES)]
     first, *outcomes, last = await write(journal_url, [Unit("g1", [started("a")]), *units, Unit("g2", [started("b")])])
     assert (first, last) == (Committed(1, 1), Committed(2, 2))
@@ -376,6 +379,33 @@ async def test_writes_that_cannot_join_a_commit_fail_their_units(journal_url: st
         assert isinstance(outcome, GuardFailed)
         assert reason in outcome.guard
     assert verify(journal_url).rows == 2
+
+
+@pytest.mark.parametrize("table", metadata.tables)
+async def test_a_write_to_a_table_of_spines_own_fails_its_unit_by_name(journal_url: str, table: str) -> None:
+    schema = "main" if parse_url(journal_url).path else sql(journal_url, "SELECT current_schema()")[0][0]
+    texts = [f"DELETE FROM {table}", f"DELETE FROM {schema}.{table.upper()} AS x", f'UPDATE "{table}" SET no = 1']
+    units = [Unit(f"u{n}", [started(f"r{n}")], [Write(text, rows=None)]) for n, text in enumerate(texts)]
+    outcomes = await write(journal_url, [*units, Unit("g", [started("a")])])
+    refusal = f"write 0: table {table} is Spine's own: "
+    assert [getattr(outcome, "guard", "")[: len(refusal)] for outcome in outcomes] == [refusal] * 3 + [""]
+    assert (report := verify(journal_url)).ok
+    assert report.rows == 1
+
+
+async def test_a_write_may_read_what_is_spines_own(journal_url: str) -> None:
+    sql(journal_url, "CREATE TABLE ledger (id TEXT PRIMARY KEY)")
+    copy = Write("INSERT INTO ledger SELECT r.run_id FROM runs r WHERE r.run_id = 'run-1'")
+    assert all_committed(await write(journal_url, [Unit("u", [started()], [copy])]))
+    assert sql(journal_url, "SELECT id FROM ledger") == [("run-1",)]
+
+
+@pytest.mark.postgresql
+async def test_a_table_of_another_schema_is_a_domains_own_whatever_its_name(journal_postgresql_url: str) -> None:
+    sql(journal_postgresql_url, "CREATE SCHEMA IF NOT EXISTS crm")
+    sql(journal_postgresql_url, "CREATE TABLE IF NOT EXISTS crm.incidents (id TEXT)")
+    insert = Write("INSERT INTO crm.incidents (id) VALUES ('mine')")
+    assert all_committed(await write(journal_postgresql_url, [Unit("u", [started()], [insert])]))
 
 
 async def test_a_write_may_be_a_common_table_expression_or_return_rows(journal_url: str) -> None:

@@ -133,6 +133,13 @@ def test_lines_are_numbered_as_an_editor_numbers_them() -> None:
     assert [(line.number, line.raw) for line in read_lines(file)] == [(1, b"one"), (4, b"two"), (5, b"last")]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
+    longest = b'"' + b"x" * (LINE_MOST_BYTES - 2) + b'"'
+    lines = list(read_lines(io.BytesIO(b"\xef\xbb\xbf" + longest + b"\r\n\xef\xbb\xbftwo\n")))
+    assert [(line.number, line.oversize) for line in lines] == [(1, False), (2, False)]
+    assert [line.raw for line in lines] == [longest, b"\xef\xbb\xbftwo"]
+
+
 def test_an_oversize_line_is_refused_without_losing_the_next() -> None:
     exact = json.dumps({**STARTED, "pad": ""}).encode()
     exact = exact[:-2] + b"x" * (LINE_MOST_BYTES - len(exact)) + exact[-2:]

@@ -35,8 +35,6 @@ from spine.governance.transactions import (
     move_tx,
     phase_reached,
     plan_order,
-    step_sources,
-    tx_sources,
 )
 from spine.kernel.errors import ConfigurationError, SpineError
 
@@ -112,10 +110,11 @@ class TestTable:
     def test_a_refused_step_is_undone_too(self) -> None:
         assert move_step(S.REFUSED, S.RB_INTENT, T.COMPENSATING) is S.RB_INTENT
 
-    def test_the_sources_of_a_compare_and_set(self) -> None:
-        assert tx_sources(T.COMPENSATING) == ("EXECUTING", "PARKED")
-        assert tx_sources(T.EXECUTING) == ()
-        assert step_sources(S.RB_INTENT) == ("DONE", "INTENT", "PARKED", "REFUSED", "UNKNOWN")
+    @pytest.mark.parametrize("left", [S.INTENT, S.REFUSED, S.UNKNOWN, S.RB_INTENT])
+    def test_nothing_is_parked_beside_a_step_that_is_still_to_be_undone(self, left: S) -> None:
+        with pytest.raises(IllegalTransition, match="park: a transaction needs every step"):
+            move_tx(T.COMPENSATING, T.PARKED, [S.PARKED, left])
+        assert move_tx(T.COMPENSATING, T.PARKED, [S.PARKED, S.DONE, S.ROLLED_BACK, S.PLANNED]) is T.PARKED
 
 
 class TestOrder:

@@ -119,6 +119,15 @@ def _runs() -> None:
         **SMALL,
     )
     op.create_table(
+        "contracts",
+        _text("run_id", key=True),
+        _text("overall"),
+        _int("due_at", null=True),
+        _int("seq"),
+        **SMALL,
+    )
+    _index("contracts_due", "contracts", ["due_at", "run_id"], "due_at IS NOT NULL")
+    op.create_table(
         "acknowledgements",
         _int("seq", key=True),
         _text("run_id"),

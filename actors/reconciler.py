@@ -1,0 +1,115 @@
+"""Keeps the runtime audit contract: judges a run's promises on demand, and every run's when its time is over.
+
+Two processes on one database may judge the same run: the record names the one it replaces, so that one of them stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from actors.recorder import Recorder
+from actors.verdicts import judge
+from spine.explain.contract import read_contract
+from spine.explain.story import JournalRow
+from spine.governance.contract import ContractError, ReconcileRun, Reconciliation
+from spine.governance.params import id_problem
+from spine.governance.units import Committed, GuardFailed
+from spine.kernel.errors import JournalError, JournalUnavailable, Overloaded
+from spine.kernel.exchange import Exchange
+from spine.kernel.messages import Envelope
+from spine.kernel.tasks import Tasks
+
+SWEEP_S = 1.0
+PAGE = 100
+
+
+class DueContract(Protocol):
+    """A run whose contract is due."""
+
+    @property
+    def run_id(self) -> str: ...
+
+    @property
+    def due_at(self) -> int: ...
+
+
+class ContractRows(Protocol):
+    """Where the rows of one contract are read."""
+
+    async def contract_rows(self, run_id: str) -> Sequence[JournalRow]:
+        """The run's rows that tell of its contract, in order."""
+        ...
+
+
+class Contracts(ContractRows, Protocol):
+    """Where contracts are found."""
+
+    async def due_contracts(
+        self, before_us: int, limit: int, *, after: tuple[int, str] | None
+    ) -> Sequence[DueContract]:
+        """The first contracts due before that time (unix microseconds), behind moment and run id of ``after``."""
+        ...
+
+
+class Reconciler:
+    """Reads, judges, and has the verdict recorded like everything else: as a unit through the spine mailbox."""
+
+    def __init__(self, exchange: Exchange, source: Contracts, recorder: Recorder) -> None:
+        self._exchange = exchange
+        self._source = source
+        self._recorder = recorder
+
+    async def keep(self, tasks: Tasks) -> None:
+        """Sweep every ``SWEEP_S`` seconds until cancelled, each time in an own task: one that fails ends alone."""
+        clock = self._exchange.clock
+        while True:
+            await clock.sleep_until(clock.monotonic() + SWEEP_S)
+            try:
+                sweep = tasks.spawn(self.sweep(), "contract sweep")
+            except Overloaded as error:
+                self._exchange.tracer.fault("spine.contract.unswept", exc=error)
+                continue
+            await asyncio.wait([sweep])
+
+    async def sweep(self) -> None:
+        """Judge every contract whose moment is over, the oldest first."""
+        now = self._exchange.clock.time_us()
+        after: tuple[int, str] | None = None
+        try:
+            while page := await self._source.due_contracts(now, PAGE, after=after):
+                for due in page:
+                    await self._swept(due.run_id)
+                after = (page[-1].due_at, page[-1].run_id)
+        except JournalError as error:
+            self._exchange.tracer.fault("spine.contract.unswept", exc=error)
+
+    async def _swept(self, run_id: str) -> None:
+        try:
+            await self._judge(run_id, None)
+        except ContractError as error:
+            # Only a journal that was tampered with has a contract without the start of its run.
+            self._exchange.tracer.fault("spine.contract.unreadable", exc=error, run_id=run_id)
+
+    async def reconcile(self, envelope: Envelope, request: ReconcileRun) -> Reconciliation:
+        """The verdict now; raises ``ContractError`` for a run that does not exist, ``JournalError``."""
+        if problem := id_problem("run_id", request.run_id):
+            raise ContractError("INVALID_PARAMS", problem)
+        return await self._judge(request.run_id, envelope)
+
+    async def _judge(self, run_id: str, parent: Envelope | None) -> Reconciliation:
+        contract = read_contract(await self._source.contract_rows(run_id))
+        if contract is None:
+            raise ContractError("UNKNOWN_RUN", f"run {run_id!r} was never started: `spine runs` lists those there are")
+        found, verdict = judge(contract, self._exchange.clock.time_us())
+        if verdict is None:
+            return found
+        outcome = await self._recorder.commit([verdict], run_id=run_id, parent=parent)
+        # A failed guard: somebody judged the run meanwhile, and their verdict stands.
+        if not isinstance(outcome, Committed | GuardFailed):
+            raise JournalUnavailable(
+                f"the verdict over the contract of run {run_id!r} was not recorded: {outcome}; free the journal's "
+                "storage and ask again"
+            )
+        return found

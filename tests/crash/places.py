@@ -1,0 +1,215 @@
+"""Where lives are lived: databases copied from a prepared one, each with a folder for what lies beside it."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from tests.crash.invariants import check
+from tests.crash.life import RUNS, Blow
+from tests.crash.lives import KILLED, Lives
+from tests.crash.outside import LEDGER
+
+LANES = 2
+LIVES_MOST = 4
+LOG_TAIL = 4_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """One database and the folder with its services' log and what callers were told."""
+
+    url: str
+    folder: Path
+
+    @property
+    def visits(self) -> list[str]:
+        """The failpoints that were passed, in order."""
+        return (self.folder / "visits").read_text().split()
+
+    @property
+    def struck(self) -> int:
+        """How often something befell it."""
+        return (self.folder / "told").read_text().count('"what": "struck"')
+
+    def problem(self, what: str) -> str:
+        log = self.folder / "log"
+        told = (self.folder / "told").read_text()
+        tail = log.read_text(errors="replace")[-LOG_TAIL:] if log.exists() else ""
+        return f"{what}\n-- told\n{told}\n-- log\n{tail}\n-- kept in {self.folder}"
+
+
+class SqlitePlaces:
+    """SQLite files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count()
+
+    def empty(self) -> Place:
+        return self._place()
+
+    def copy(self, source: Place) -> Place:
+        place = self._place()
+        shutil.copytree(source.folder, place.folder, dirs_exist_ok=True)
+        return place
+
+    def _place(self) -> Place:
+        folder = self._folder / f"place-{next(self._numbers)}"
+        folder.mkdir()
+        return Place(f"sqlite+aiosqlite:///{folder / 'spine.db'}", folder)
+
+    def execute(self, place: Place, sql: str) -> None:
+        with closing(sqlite3.connect(place.folder / "spine.db")) as database:
+            database.execute(sql)
+            database.commit()
+
+    def drop(self, place: Place) -> None:
+        shutil.rmtree(place.folder)
+
+
+class PostgresqlPlaces:
+    """Databases of one PostgreSQL server."""
+
+    def __init__(self, folder: Path, server: str, prefix: str) -> None:
+        self._folder = folder
+        self._server = server.replace("+psycopg", "")
+        self._base = server.rpartition("/")[0]
+        self._prefix = prefix
+        self._numbers = itertools.count()
+
+    def _ask(self, sql: str, url: str = "") -> None:
+        import psycopg
+
+        with psycopg.connect(url.replace("+psycopg", "") or self._server, autocommit=True) as server:
+            server.execute(sql)
+
+    def empty(self) -> Place:
+        return self._place("template0")
+
+    def copy(self, source: Place) -> Place:
+        name = source.url.rpartition("/")[2]
+        # A killed client's session ends when the server notices; a copy is made of what nobody is connected to.
+        self._ask(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{name}'")
+        place = self._place(name)
+        shutil.copytree(source.folder, place.folder, dirs_exist_ok=True)
+        return place
+
+    def _place(self, template: str) -> Place:
+        name = f"{self._prefix}_{next(self._numbers)}"
+        folder = self._folder / name
+        folder.mkdir()
+        self._ask(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        return Place(f"{self._base}/{name}", folder)
+
+    def execute(self, place: Place, sql: str) -> None:
+        self._ask(sql, place.url)
+
+    def drop(self, place: Place) -> None:
+        self._ask(f'DROP DATABASE IF EXISTS "{place.url.rpartition("/")[2]}" WITH (FORCE)')
+        shutil.rmtree(place.folder)
+
+
+class Stage:
+    """Runs cases, ``LANES`` at a time, each on its own copy of a prepared database."""
+
+    def __init__(self, places: SqlitePlaces | PostgresqlPlaces) -> None:
+        self._places = places
+        self._pool = ThreadPoolExecutor(LANES, "crash")
+        self._idle: SimpleQueue[Lives] = SimpleQueue()
+        self._lives = [Lives() for _ in range(LANES)]
+        for lives in self._lives:
+            self._idle.put(lives)
+        self._made: list[Place] = []
+        self._new = self._prepare()
+        calm = self._copy(self._new)
+        self._live(calm, RUNS)
+        check(calm.url, calm.folder)
+        self.visits = Counter(calm.visits)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for lives in self._lives:
+            lives.close()
+        for place in self._made:
+            self._places.drop(place)
+
+    def submit(self, case: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        return self._pool.submit(case, *arguments)
+
+    def _prepare(self) -> Place:
+        place = self._places.empty()
+        self._made.append(place)
+        self._live(place)
+        self._places.execute(place, LEDGER)
+        return place
+
+    def _copy(self, source: Place) -> Place:
+        place = self._places.copy(source)
+        self._made.append(place)
+        return place
+
+    @contextmanager
+    def _case(self, source: Place) -> Iterator[Place]:
+        """A copy that is dropped unless the case fails."""
+        place = self._places.copy(source)
+        try:
+            yield place
+        except AssertionError as error:
+            raise AssertionError(place.problem(str(error))) from error
+        self._places.drop(place)
+
+    def _live(self, place: Place, runs: Sequence[str] = (), blow: Blow | None = None) -> int:
+        lives = self._idle.get()
+        try:
+            status = lives.live(place.url, place.folder, runs=runs, blow=blow)
+        finally:
+            self._idle.put(lives)
+        dies = blow is not None and blow.kind in ("kill", "storm")
+        assert status == 0 or (dies and status == KILLED), f"a life with {blow} ended with {status}"
+        return status
+
+    def _recovered(self, place: Place) -> None:
+        self._live(place)
+        check(place.url, place.folder)
+
+    # -- cases
+
+    def strike(self, blow: Blow) -> None:
+        """Something befalls the working application; what it leaves is recovered by the next one."""
+        with self._case(self._new) as place:
+            status = self._live(place, RUNS, blow)
+            assert place.struck, f"nothing befell it: {blow} was never reached"
+            assert (status == KILLED) is (blow.kind == "kill"), f"{blow} ended it with {status}"
+            self._recovered(place)
+
+    def death(self, blow: Blow) -> tuple[Place, Counter[str]]:
+        """What a killed application leaves, and which failpoints are passed while it is recovered."""
+        place = self._copy(self._new)
+        assert self._live(place, RUNS, blow) == KILLED, f"{blow} was never reached"
+        (place.folder / "visits").unlink()
+        with self._case(place) as calm:
+            self._recovered(calm)
+            return place, Counter(calm.visits)
+
+    def strike_again(self, left: Place, blow: Blow) -> None:
+        """Something befalls the application that recovers what a killed one ``left``; a third one ends it."""
+        with self._case(left) as place:
+            self._live(place, blow=blow)
+            self._recovered(place)
+
+    def storm(self, seed: int) -> None:
+        """At any moment anything, in one life after the other; then a calm one."""
+        with self._case(self._new) as place:
+            for life in range(LIVES_MOST):
+                self._live(place, () if life else RUNS, Blow("storm", n=seed * LIVES_MOST + life))
+            self._recovered(place)
