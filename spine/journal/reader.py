@@ -67,7 +67,9 @@ class JournalReader(Reading):
         """Every journal row of the run, in order; of these ``kinds`` if some are named."""
         of_kind = f" AND kind IN ({','.join('?' * len(kinds))})" if kinds else ""
         sql = f"SELECT {_ROW} FROM journal WHERE run_id = ? AND {_MAIN}{of_kind} ORDER BY seq"
-        return [_row(values) for values in await self._scan(sql, run_id, *kinds)]
+        # Of the kinds that are asked for a run has a few; of all together it may have very many.
+        ask = self._all if kinds else self._scan
+        return [_row(values) for values in await ask(sql, run_id, *kinds)]
 
     async def operation_counts(self, run_id: str, tenant_id: str) -> tuple[int, int, int]:
         """How many operations of the tenant's run were decided on, denied, and ended without success."""
