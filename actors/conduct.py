@@ -19,6 +19,7 @@ from spine.kernel.messages import Lane
 REGISTRY = "registry"
 # How the journal names a record that no second try will get written.
 UNWRITABLE = "record:"
+NOT_RECORDED = "its decision was not recorded: "
 
 
 class Authority(Protocol):
@@ -46,7 +47,7 @@ class Conduct:
         try:
             result = await self._answer(call, refusal)
         except JournalError as error:
-            result = self._unavailable(call, str(error))
+            result = self._unavailable(call, NOT_RECORDED + str(error))
         except Exception as error:
             call.envelope.fail(ActorCrashed(REGISTRY, call.decision_id, 0, describe(error)))
             raise
@@ -142,7 +143,7 @@ class Conduct:
                 case StaleEpoch():
                     await deps.switch.refresh()
                 case GuardFailed() if outcome.guard.startswith(UNWRITABLE):
-                    return self._unavailable(call, f"the record cannot be written: {outcome.guard}")
+                    return self._unavailable(call, f"{NOT_RECORDED}the record cannot be written: {outcome.guard}")
                 case GuardFailed():
                     if call.key is not None:
                         deps.recall.settle(call, None)
@@ -151,11 +152,13 @@ class Conduct:
                             return stored
                         refusal = stored
                 case StorageFailed():
-                    return self._unavailable(call, outcome.error)
+                    if outcome.unknown:
+                        self._close_later(call)
+                    return self._unavailable(call, outcome.told("its decision"))
                 case _:
                     assert_never(outcome)
             if self._now() >= call.deadline + ANSWER_MARGIN_S:
-                return self._unavailable(call, "the governance state kept changing while the decision was recorded")
+                return self._unavailable(call, f"{NOT_RECORDED}the governance state kept changing meanwhile")
 
     async def _decide_once(self, call: Call, refusal: AuthorityDecision | None, starts: bool) -> CommitOutcome | None:
         if refusal is not None:
@@ -169,6 +172,19 @@ class Conduct:
         else:
             self._authority._check_authority(call, starts_run=starts)
         return await self._authority._audit_dispatch(call, starts_run=starts)
+
+    def _close_later(self, call: Call) -> None:
+        """Its decision may be in the journal, open: nothing will run under it."""
+        assert call.verdict is not None
+        if call.verdict.decision.allowed:
+            error = f"operation {call.name!r} did not run: whether its decision was recorded was not known in time"
+            self._remember(call, OperationResult.fail(error, "INTERRUPTED"), 0)
+
+    def _remember(self, call: Call, result: OperationResult, handle_us: int) -> None:
+        at, instance = self._deps.exchange.clock.time_us(), self._deps.instance
+        self._deps.recovery.remember(
+            records.outcome_record(call, result, at=at, instance=instance, handle_us=handle_us)
+        )
 
     def _foreign(self, call: Call) -> AuthorityDecision:
         if call.key is not None:
@@ -222,23 +238,23 @@ class Conduct:
         outcome = await self._authority._audit_dispatch(call, result, handle_us=handle_us)
         if outcome is None or isinstance(outcome, Committed):
             return self.result(call, result, outcome is not None)
-        detail = outcome.error if isinstance(outcome, StorageFailed) else repr(outcome)
-        at, instance = self._deps.exchange.clock.time_us(), self._deps.instance
-        self._deps.recovery.remember(
-            records.outcome_record(call, result, at=at, instance=instance, handle_us=handle_us)
-        )
+        self._remember(call, result, handle_us)
         ended = "succeeded" if result.success else f"failed with {result.error_code}"
-        error = (
-            f"operation {call.name!r} ran and {ended}, but its outcome is not recorded: {detail}; it is recorded when "
-            "the journal takes writes again"
-        )
+        match outcome:
+            case StorageFailed():
+                why = f"{outcome.told('its outcome')}; it is recorded when the journal takes writes again"
+            case GuardFailed() if not outcome.guard.startswith(UNWRITABLE):
+                why = (
+                    "another process, which took this one for dead, had closed its decision as INTERRUPTED: how it "
+                    "ended is recorded as outcome.late"
+                )
+            case _:
+                why = f"its outcome cannot be recorded: {outcome}"
+        error = f"operation {call.name!r} ran and {ended}, but {why}"
         return self.result(call, OperationResult(False, result.data, error, "OUTCOME_UNRECORDED"), False)
 
-    def _unavailable(self, call: Call, detail: str) -> OperationResult:
-        error = (
-            f"operation {call.name!r} did not run because its decision could not be recorded: {detail}; free the "
-            "journal's storage and ask again"
-        )
+    def _unavailable(self, call: Call, why: str) -> OperationResult:
+        error = f"operation {call.name!r} did not run: {why}; free the journal's storage and ask again"
         return self.result(call, OperationResult.fail(error, "JOURNAL_UNAVAILABLE"), False)
 
     def result(self, call: Call, result: OperationResult, durable: bool) -> OperationResult:

@@ -64,6 +64,9 @@ class Recorder:
         exchange = self._exchange
         try:
             envelope = exchange.post(Append(unit, run_id), NAME, timeout_s=COMMIT_S, sender=self._sender, parent=parent)
+        except SpineError as error:
+            return StorageFailed(str(error))
+        try:
             outcome: CommitOutcome = await exchange.answer(envelope)
         except SpineError as error:
             return StorageFailed(str(error), unknown=True)

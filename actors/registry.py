@@ -97,7 +97,7 @@ class Registry(Actor):
             case StartRun():
                 self._tasks.answer(envelope, start_run(self._deps, envelope, message))
             case SwitchGovernance():
-                self._tasks.answer(envelope, self._deps.switch.change(message, self._deps.recorder))
+                self._tasks.answer(envelope, self._deps.switch.change(envelope, message, self._deps.recorder))
             case RegistryStatus():
                 envelope.reply(self._status())
             case Ping():

@@ -8,7 +8,7 @@ from spine.governance.authority import AuthorityDecision, GovernanceMode, Govern
 from spine.governance.contract import Expectation
 from spine.governance.operations import StartRun
 from spine.governance.params import id_problem
-from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch
+from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch, StorageFailed
 from spine.kernel.errors import JournalError
 from spine.kernel.messages import Envelope
 
@@ -44,6 +44,25 @@ def implicit_start(
 
 async def start_run(dependencies: Dependencies, envelope: Envelope, request: StartRun) -> AuthorityDecision:
     """Decide on a start and have it recorded; a run that exists already gives the decision it started with."""
+    decision = await _decide(dependencies, envelope, request)
+    tracer = envelope.exchange.tracer
+    if tracer.decisions:
+        state = dependencies.switch.state.effective(envelope.exchange.clock.time_us())
+        tracer.decision(
+            "spine.decision",
+            actor="registry",
+            **tracer.identity(envelope),
+            tenant_id=None if id_problem("tenant_id", request.tenant_id) else request.tenant_id,
+            operation="run.start",
+            allowed=decision.allowed,
+            code=decision.code,
+            reason=decision.reason,
+            **records.flat_text(decision, state),
+        )
+    return decision
+
+
+async def _decide(dependencies: Dependencies, envelope: Envelope, request: StartRun) -> AuthorityDecision:
     problem = _problem(request)
     if problem is not None:
         return await _refuse(dependencies, envelope, request, AuthorityDecision.deny(problem, "INVALID_PARAMS"))
@@ -81,7 +100,7 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
                     case GuardFailed():
                         continue
                     case _:
-                        return _unrecorded(run_id, outcome.error)
+                        return _unrecorded(run_id, outcome)
             finally:
                 runs.abandoned(run_id)
         if tenant != request.tenant_id:
@@ -89,7 +108,7 @@ async def start_run(dependencies: Dependencies, envelope: Envelope, request: Sta
             return await _refuse(dependencies, envelope, request, AuthorityDecision.deny(reason, "TENANT_MISMATCH"))
         return await _started_with(dependencies, run_id)
     except JournalError as error:
-        return _unrecorded(run_id, str(error))
+        return _unrecorded(run_id, StorageFailed(str(error)))
 
 
 async def _started_with(dependencies: Dependencies, run_id: str) -> AuthorityDecision:
@@ -143,14 +162,15 @@ async def _deny(
         await dependencies.switch.follow(outcome)
         return None
     dependencies.counts.denied += 1
-    return decision if isinstance(outcome, Committed) else _unrecorded(str(stored["run_id"]), repr(outcome))
+    if isinstance(outcome, Committed):
+        return decision
+    failed = outcome if isinstance(outcome, StorageFailed) else StorageFailed(repr(outcome))
+    return _unrecorded(str(stored["run_id"]), failed)
 
 
-def _unrecorded(run_id: str, detail: str) -> AuthorityDecision:
-    return AuthorityDecision.deny(
-        f"the start of run {run_id!r} could not be recorded: {detail}; free the journal's storage and ask again",
-        "JOURNAL_UNAVAILABLE",
-    )
+def _unrecorded(run_id: str, failed: StorageFailed) -> AuthorityDecision:
+    told = failed.told(f"the start of run {run_id!r}")
+    return AuthorityDecision.deny(f"{told}; free the journal's storage and ask again", "JOURNAL_UNAVAILABLE")
 
 
 def _problem(request: StartRun) -> str | None:

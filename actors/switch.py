@@ -18,6 +18,7 @@ from spine.governance.params import id_problem
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch
 from spine.kernel.clock import Clock
 from spine.kernel.errors import ConfigurationError, JournalError, JournalUnavailable
+from spine.kernel.messages import Envelope
 from spine.kernel.tracing import Tracer
 
 BILL_MOST = 100
@@ -101,18 +102,29 @@ class Switch:
         else:
             await self.refresh()
 
-    def _changed(self, before: GovernanceState, after: GovernanceState) -> None:
+    def _changed(self, before: GovernanceState, after: GovernanceState, envelope: Envelope | None = None) -> None:
         self.state = after
-        self._tracer.life("spine.governance.changed", was=before.mode.value, now=after.mode.value, epoch=after.epoch)
+        if self._tracer.decisions:
+            self._tracer.decision(
+                "spine.governance.changed",
+                actor="registry",
+                **({} if envelope is None else self._tracer.identity(envelope)),
+                was=before.mode.value,
+                now=after.mode.value,
+                epoch=after.epoch,
+                by=text(after.actor),
+                reason=text(after.reason),
+            )
 
-    async def change(self, request: SwitchGovernance, recorder: Recorder) -> GovernanceState:
+    async def change(self, envelope: Envelope, request: SwitchGovernance, recorder: Recorder) -> GovernanceState:
         """Journal the new state, then let it act; raises ``ConfigurationError`` or ``JournalUnavailable``."""
         validate(request)
         while True:
             before, now = self.state, self._clock.time_us()
             expires = None if request.for_s is None else now + round(request.for_s * 1_000_000)
             after = GovernanceState(request.mode, before.epoch + 1, request.reason, request.actor, now, expires)
-            outcome = await recorder.commit([governance_changed(before, after, at=now)], epoch=before.epoch)
+            rows = [governance_changed(before, after, at=now)]
+            outcome = await recorder.commit(rows, epoch=before.epoch, parent=envelope)
             match outcome:
                 case Committed():
                     break
@@ -121,10 +133,9 @@ class Switch:
                     if self.state.epoch <= before.epoch:
                         raise JournalUnavailable("the governance state cannot be read: nothing was switched, ask again")
                 case _:
-                    raise JournalUnavailable(
-                        f"the switch to {request.mode.value!r} was not recorded and does not act: {outcome.error}"
-                    )
-        self._changed(before, after)
+                    acts = "look at the state before switching again" if outcome.unknown else "it does not act"
+                    raise JournalUnavailable(f"{outcome.told(f'the switch to {request.mode.value!r}')}; {acts}")
+        self._changed(before, after, envelope)
         if before.mode is not GovernanceMode.BYPASSED:
             return after
         # Decisions under the old epoch can no longer be committed: the bill of the bypass is final.

@@ -70,10 +70,16 @@ class GuardFailed:
 
 @dataclass(frozen=True, slots=True)
 class StorageFailed:
-    """The database refused the unit; ``unknown`` tells that even the look-up after a lost COMMIT failed."""
+    """The database refused the unit; ``unknown`` tells that it may have taken it, or may still, all the same."""
 
     error: str
     unknown: bool = False
+
+    def told(self, what: str) -> str:
+        """What may be said of ``what``, which was to be recorded."""
+        if self.unknown:
+            return f"it is not known whether {what} was recorded: {self.error}"
+        return f"{what} was not recorded: {self.error}"
 
 
 CommitOutcome = Committed | StaleEpoch | GuardFailed | StorageFailed

@@ -65,8 +65,7 @@ class Strike:
         count = stage.visits[CALL_COUNTED_BY[self.at] if self.kind in ON_CALLS else self.at]
         assert count, f"the scenarios never pass {self.at}"
         visits = range(1, count + 1)
-        # The last visits are not sure to come: what befell one run may have spared another's.
-        for n in visits if FULL else [chosen(1, *self.__dict__.values()).choice(visits[: (count + 1) // 2])]:
+        for n in visits if FULL else [chosen(1, self).choice(visits)]:
             stage.strike(Blow(self.kind, self.at, n))
 
     def __str__(self) -> str:
@@ -84,7 +83,7 @@ class Recovery:
     def run(self, stage: Stage) -> None:
         left, visits = stage.death(self.death)
         moments = [Blow("kill", at, n) for at in visits for n in range(1, visits[at] + 1)]
-        for blow in moments if FULL else chosen(self.most, *self.__dict__.values()).sample(moments, self.most):
+        for blow in moments if FULL else chosen(self.most, self).sample(moments, self.most):
             stage.strike_again(left, blow)
 
     def __str__(self) -> str:

@@ -290,7 +290,7 @@ async def test_decisions_and_transaction_phases_are_told_without_the_messages(sq
     lines = await one_day(sqlite_url, "decisions")
     names = [line["event"] for line in lines]
     assert not [name for name in names if name.startswith("spine.message.")]
-    assert names.count("spine.decision") == 13
+    assert names.count("spine.decision") == 15
     assert names.count("spine.outcome") == 12
     assert names.count("spine.transaction.committed") == 2
     for line in lines:
@@ -300,6 +300,34 @@ async def test_decisions_and_transaction_phases_are_told_without_the_messages(sq
             assert line["run_id"] in ("run-1", "run-2")
     denied = next(line for line in lines if line["event"] == "spine.decision" and not line["allowed"])
     assert denied["authority_code"] == "UNKNOWN_OPERATION"
+
+
+async def test_every_way_a_start_is_decided_and_every_switch_are_told(sqlite_url: str) -> None:
+    """A start allowed, refused or of another tenant's run, and who switched what: with their message's identity."""
+    spine = Spine(sqlite_url, settings=Settings(trace="decisions"))
+    async with spine:
+        with capture_logs() as lines:
+            await spine.start_run("run-1", tenant_id="acme")
+            await spine.start_run("run-1", tenant_id="other")
+            await spine.start_run("run-1", tenant_id="")
+            await spine.degrade(reason="an exercise", actor="ann")
+            await spine.start_run("run-2", tenant_id="acme")
+    starts = [line for line in lines if line["event"] == "spine.decision"]
+    assert [(line["run_id"], line["tenant_id"], line["allowed"], line["code"]) for line in starts] == [
+        ("run-1", "acme", True, "ALLOWED"),
+        ("run-1", "other", False, "TENANT_MISMATCH"),
+        ("run-1", None, False, "INVALID_PARAMS"),
+        ("run-2", "acme", False, "DEGRADED_NEW_RUN"),
+    ]
+    (changed,) = [line for line in lines if line["event"] == "spine.governance.changed"]
+    assert (changed["was"], changed["now"], changed["epoch"]) == ("active", "degraded", 2)
+    assert (changed["by"], changed["reason"], changed["actor"]) == ("ann", "an exercise", "registry")
+    for line in [*starts, changed]:
+        assert set(line) >= IDENTITY
+        assert line["msg_id"] and line["trace_id"] and line["seq"]
+    for line in starts:
+        assert set(line) >= {"governance_active", "authority_degraded", "authority_reason", "authority_code"}
+        assert line["operation"] == "run.start"
 
 
 async def test_a_quiet_day_at_level_off_leaves_no_line_of_spine(sqlite_url: str) -> None:
