@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import shutil
 import sqlite3
 from collections import Counter
@@ -22,6 +23,7 @@ from tests.crash.outside import LEDGER
 LANES = 2
 LIVES_MOST = 4
 LOG_TAIL = 4_000
+DEADLY = ("kill", "clock", "storm")
 
 
 @dataclass(frozen=True)
@@ -168,15 +170,17 @@ class Stage:
             raise AssertionError(place.problem(str(error))) from error
         self._places.drop(place)
 
-    def _live(self, place: Place, runs: Sequence[str] = (), blow: Blow | None = None) -> int:
+    def _live(self, place: Place, runs: Sequence[str] = (), blow: Blow | None = None, *, beside: bool = False) -> int:
+        """One life, ``beside`` another one that recovers and that nothing befalls; its exit status."""
         lives = self._idle.get()
         try:
-            status = lives.live(place.url, place.folder, runs=runs, blow=blow)
+            statuses = lives.together(place.url, place.folder, [(runs, blow), *([((), None)] if beside else [])])
         finally:
             self._idle.put(lives)
-        dies = blow is not None and blow.kind in ("kill", "storm")
-        assert status == 0 or (dies and status == KILLED), f"a life with {blow} ended with {status}"
-        return status
+        dies = blow is not None and blow.kind in DEADLY
+        assert statuses[0] == 0 or (dies and statuses[0] == KILLED), f"a life with {blow} ended with {statuses[0]}"
+        assert statuses[1:] in ([], [0]), f"a life beside one with {blow} ended with {statuses[1]}"
+        return statuses[0]
 
     def _recovered(self, place: Place) -> None:
         self._live(place)
@@ -205,15 +209,21 @@ class Stage:
             self._recovered(calm)
             return place, Counter(calm.visits)
 
-    def strike_again(self, left: Place, blow: Blow) -> None:
-        """Something befalls the application that recovers what a killed one ``left``; a third one ends it."""
+    def strike_again(self, left: Place, blow: Blow, runs: Sequence[str], *, beside: bool) -> None:
+        """Something befalls the application that recovers what a killed one ``left``; the last one ends it.
+
+        Its callers complete the ``runs`` once more meanwhile; another process may recover ``beside`` it.
+        """
         with self._case(left) as place:
-            self._live(place, blow=blow)
+            self._live(place, runs, blow, beside=beside)
             self._recovered(place)
 
     def storm(self, seed: int) -> None:
-        """At any moment anything, in one life after the other; then a calm one."""
+        """At any moment anything, in one life after the other, some of them beside others; then a calm one."""
+        chance = random.Random(seed)
         with self._case(self._new) as place:
-            for life in range(LIVES_MOST):
-                self._live(place, () if life else RUNS, Blow("storm", n=seed * LIVES_MOST + life))
+            for life in range(chance.randint(1, LIVES_MOST)):
+                blow = chance.choice((Blow("storm", n=chance.getrandbits(32)), Blow("clock", n=chance.randint(1, 250))))
+                runs = () if life and chance.random() < 0.5 else RUNS
+                self._live(place, runs, blow, beside=chance.random() < 0.3)
             self._recovered(place)

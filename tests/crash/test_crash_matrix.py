@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from spine.governance.failpoints import CALLS, FAILPOINTS
-from tests.crash.life import AT_FAILPOINTS, ON_CALLS, Blow
+from tests.crash.life import AT_FAILPOINTS, ON_CALLS, RUNS, Blow
 from tests.crash.places import PostgresqlPlaces, SqlitePlaces, Stage
 
 FULL = os.environ.get("SPINE_TEST_CRASH") == "full"
@@ -83,8 +83,10 @@ class Recovery:
     def run(self, stage: Stage) -> None:
         left, visits = stage.death(self.death)
         moments = [Blow("kill", at, n) for at in visits for n in range(1, visits[at] + 1)]
-        for blow in moments if FULL else chosen(self.most, self).sample(moments, self.most):
-            stage.strike_again(left, blow)
+        chance = chosen(self.most, self)
+        for blow in moments if FULL else chance.sample(moments, self.most):
+            runs = RUNS if chance.random() < 0.4 else ()
+            stage.strike_again(left, blow, runs, beside=chance.random() < 0.4)
 
     def __str__(self) -> str:
         return f"{self.database}-{self.death.at}-{self.death.n}"
@@ -196,7 +198,7 @@ def test_whatever_becomes_of_a_call_nothing_is_half(case: Case, outcome: Callabl
     ],
 )
 def test_a_process_killed_while_it_recovers_is_recovered(case: Case, outcome: Callable[[Case], None]) -> None:
-    """The first process is killed, the second one too, at any failpoint of the recovery; the third ends everything."""
+    """The second process is killed anywhere in its recovery; another may recover beside it, callers may ask again."""
     outcome(case)
 
 
@@ -208,5 +210,5 @@ def test_a_process_killed_while_it_recovers_is_recovered(case: Case, outcome: Ca
     ],
 )
 def test_a_storm_of_everything_leaves_nothing_half(case: Case, outcome: Callable[[Case], None]) -> None:
-    """Exceptions, cancellations and kills at random moments, in several lives of one database."""
+    """Exceptions, cancellations and kills at random moments, in several lives, some of them beside others."""
     outcome(case)
