@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +239,6 @@ class Broker:
     """The publisher."""
 
     world: World
-    events: list[Event] = field(default_factory=list)
 
     async def publish(self, event: Event) -> None:
         note = self.world.services.note

@@ -76,7 +76,7 @@ class SqlitePlaces:
             database.commit()
 
     def drop(self, place: Place) -> None:
-        shutil.rmtree(place.folder)
+        """Nothing: the database lies in its folder."""
 
 
 class PostgresqlPlaces:
@@ -117,58 +117,52 @@ class PostgresqlPlaces:
         self._ask(sql, place.url)
 
     def drop(self, place: Place) -> None:
-        self._ask(f'DROP DATABASE IF EXISTS "{place.url.rpartition("/")[2]}" WITH (FORCE)')
-        shutil.rmtree(place.folder)
+        self._ask(f'DROP DATABASE "{place.url.rpartition("/")[2]}" WITH (FORCE)')
 
 
 class Stage:
     """Runs cases, ``LANES`` at a time, each on its own copy of a prepared database."""
 
-    def __init__(self, places: SqlitePlaces | PostgresqlPlaces) -> None:
+    def __init__(self, places: SqlitePlaces | PostgresqlPlaces, idle: SimpleQueue[Lives]) -> None:
         self._places = places
+        self._idle = idle
         self._pool = ThreadPoolExecutor(LANES, "crash")
-        self._idle: SimpleQueue[Lives] = SimpleQueue()
-        self._lives = [Lives() for _ in range(LANES)]
-        for lives in self._lives:
-            self._idle.put(lives)
         self._made: list[Place] = []
-        self._new = self._prepare()
+        self._new = self._added(places.empty())
+        self._live(self._new)
+        places.execute(self._new, LEDGER)
         calm = self._copy(self._new)
         self._live(calm, RUNS)
         check(calm.url, calm.folder)
         self.visits = Counter(calm.visits)
+        self.recovery_visits: set[str] = set()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        for lives in self._lives:
-            lives.close()
         for place in self._made:
             self._places.drop(place)
 
     def submit(self, case: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return self._pool.submit(case, *arguments)
 
-    def _prepare(self) -> Place:
-        place = self._places.empty()
+    def _added(self, place: Place) -> Place:
         self._made.append(place)
-        self._live(place)
-        self._places.execute(place, LEDGER)
         return place
 
     def _copy(self, source: Place) -> Place:
-        place = self._places.copy(source)
-        self._made.append(place)
-        return place
+        return self._added(self._places.copy(source))
 
     @contextmanager
     def _case(self, source: Place) -> Iterator[Place]:
-        """A copy that is dropped unless the case fails."""
-        place = self._places.copy(source)
+        """A copy; if the case fails, its folder is kept."""
+        place = self._copy(source)
         try:
             yield place
         except AssertionError as error:
             raise AssertionError(place.problem(str(error))) from error
+        self._made.remove(place)
         self._places.drop(place)
+        shutil.rmtree(place.folder)
 
     def _live(self, place: Place, runs: Sequence[str] = (), blow: Blow | None = None, *, beside: bool = False) -> int:
         """One life, ``beside`` another one that recovers and that nothing befalls; its exit status."""
@@ -207,7 +201,9 @@ class Stage:
         (place.folder / "visits").unlink()
         with self._case(place) as calm:
             self._recovered(calm)
-            return place, Counter(calm.visits)
+            visits = Counter(calm.visits)
+        self.recovery_visits |= visits.keys()
+        return place, visits
 
     def strike_again(self, left: Place, blow: Blow, runs: Sequence[str], *, beside: bool) -> None:
         """Something befalls the application that recovers what a killed one ``left``; the last one ends it.
