@@ -1,13 +1,13 @@
 """The audit actor: the journal's only writer in its process; its mailbox is the group-commit queue.
 
-It understands ``Append`` (commit a unit of work), ``RenewLease``, and ``ReconcileRun`` (judge a run's contract), which
+It understands ``Append`` (commit a unit of work), ``KeepLease``, and ``ReconcileRun`` (judge a run's contract), which
 continues in an owned task as the sweep over all contracts does. It takes whatever waits, has it written in one SQL
 transaction, and replies after COMMIT. Storage errors are replies, not crashes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, assert_never
 
@@ -35,14 +35,14 @@ class Append(Request[CommitOutcome]):
 
 
 @dataclass(slots=True)
-class RenewLease(Request[None]):
-    """Say that this process lives until ``until_at`` (unix microseconds)."""
+class KeepLease(Request[None]):
+    """Say that this process lives, for ``lease_s`` seconds after it last could."""
 
     instance: str
-    until_at: int
+    lease_s: float
 
 
-Message = Append | RenewLease | ReconcileRun | Stop
+Message = Append | KeepLease | ReconcileRun | Stop
 
 
 class Writer(Protocol):
@@ -56,8 +56,13 @@ class Writer(Protocol):
         """Which of the units are in the journal behind row ``since_seq``."""
         ...
 
-    async def renew_lease(self, instance: str, until_us: int) -> None:
-        """Write the lease row; it is not journaled."""
+    async def keep_lease(self, instance: str, lease_s: float, now_us: Callable[[], int]) -> None:
+        """Write the lease row, which is not journaled, again and again."""
+        ...
+
+    async def release_lease(self) -> None:
+        """Give the lease back: what is unfinished may be taken over at once."""
+        ...
 
 
 class Reader(Protocol):
@@ -122,7 +127,6 @@ class Audit(Actor):
         self._reader = reader
         self._writer = writer
         self._progress = progress
-        self._leased: str | None = None
 
     def __repr__(self) -> str:
         return f"Audit({self._progress})"
@@ -160,8 +164,8 @@ class Audit(Actor):
                 match message:
                     case Append():
                         batch.append(envelope)
-                    case RenewLease():
-                        await self._renew(envelope, message)
+                    case KeepLease():
+                        await self._keep(envelope, message)
                     case ReconcileRun():
                         self._tasks.answer(envelope, self._contracts.reconcile(envelope, message))
                     case Stop():
@@ -211,24 +215,20 @@ class Audit(Actor):
             self.exchange.tracer.life("spine.journal.available")
         self._progress.storage_error = error
 
-    async def _renew(self, envelope: Envelope, lease: RenewLease) -> None:
+    async def _keep(self, envelope: Envelope, lease: KeepLease) -> None:
         try:
-            await self._writer.renew_lease(lease.instance, lease.until_at)
+            await self._writer.keep_lease(lease.instance, lease.lease_s, self.exchange.clock.time_us)
         except JournalError as error:
             envelope.fail(error)
             return
-        self._leased = lease.instance
         if envelope.reply_to is None:
             self.exchange.handled(envelope)
         else:
             envelope.reply(None)
 
     async def _release(self) -> None:
-        """Give the process's lease back: what is unfinished may be taken over at once."""
-        if self._leased is None:
-            return
         try:
-            await self._writer.renew_lease(self._leased, self.exchange.clock.time_us() - 1)
+            await self._writer.release_lease()
         except JournalError as error:
             self.exchange.tracer.fault("spine.lease.kept", exc=error)
 

@@ -238,13 +238,19 @@ class Conduct:
         outcome = await self._authority._audit_dispatch(call, result, handle_us=handle_us)
         if outcome is None or isinstance(outcome, Committed):
             return self.result(call, result, outcome is not None)
-        failed = outcome if isinstance(outcome, StorageFailed) else StorageFailed(repr(outcome))
         self._remember(call, result, handle_us)
         ended = "succeeded" if result.success else f"failed with {result.error_code}"
-        error = (
-            f"operation {call.name!r} ran and {ended}, but {failed.told('its outcome')}; it is recorded when the "
-            "journal takes writes again"
-        )
+        match outcome:
+            case StorageFailed():
+                why = f"{outcome.told('its outcome')}; it is recorded when the journal takes writes again"
+            case GuardFailed() if not outcome.guard.startswith(UNWRITABLE):
+                why = (
+                    "another process, which took this one for dead, had closed its decision as INTERRUPTED: how it "
+                    "ended is recorded as outcome.late"
+                )
+            case _:
+                why = f"its outcome cannot be recorded: {outcome}"
+        error = f"operation {call.name!r} ran and {ended}, but {why}"
         return self.result(call, OperationResult(False, result.data, error, "OUTCOME_UNRECORDED"), False)
 
     def _unavailable(self, call: Call, why: str) -> OperationResult:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import anyio
 
-from actors.audit import COMMIT_S, NAME, RenewLease
+from actors.audit import COMMIT_S, NAME, KeepLease
 from actors.recorder import Recorder
 from actors.records import interrupted_record
 from spine.governance.units import Committed, GuardFailed, Record
@@ -17,7 +17,7 @@ from spine.kernel.messages import Lane
 
 LEASE_S = 10.0
 TICK_S = 1.0
-RENEW_TICKS = 3
+SWEEP_TICKS = 3
 UNRECORDED_MOST = 10_000
 
 
@@ -38,7 +38,7 @@ class OpenDecision(Protocol):
 
 
 class OpenDecisions(Protocol):
-    """Where the decisions of dead processes are found."""
+    """Where the decisions of dead processes are found, and how they were closed."""
 
     async def open_decisions(self, instances_dead_before_us: int) -> Sequence[OpenDecision]:
         """Decisions without an outcome whose process held no lease at that time."""
@@ -46,6 +46,10 @@ class OpenDecisions(Protocol):
 
     async def body_at(self, seq: int) -> dict[str, Any]:
         """The body of a journal row."""
+        ...
+
+    async def outcome_of(self, decision_id: str, run_id: str | None) -> dict[str, Any] | None:
+        """The body of the decision's outcome, or ``None``."""
         ...
 
 
@@ -67,9 +71,8 @@ class Recovery:
             self.unrecorded[outcome.fields["decision_id"]] = outcome
 
     async def enlist(self) -> None:
-        """Renew this process's lease."""
-        until = self._exchange.clock.time_us() + round(LEASE_S * 1e6)
-        message = RenewLease(self._instance, until)
+        """Take this process's lease."""
+        message = KeepLease(self._instance, LEASE_S)
         await self._exchange.ask(message, NAME, timeout_s=COMMIT_S, sender="registry", lane=Lane.CONTROL)
 
     def look_again(self) -> None:
@@ -81,9 +84,7 @@ class Recovery:
         tick = 0
         while True:
             try:
-                if tick % RENEW_TICKS == 0:
-                    if tick:
-                        await self.enlist()
+                if tick % SWEEP_TICKS == 0:
                     await self.sweep()
                 await watch()
             except SpineError as error:
@@ -105,7 +106,7 @@ class Recovery:
         clock = self._exchange.clock
         for decision_id, outcome in list(self.unrecorded.items()):
             ended = await self._recorder.commit([outcome], run_id=outcome.fields["run_id"])
-            if not isinstance(ended, (Committed, GuardFailed)):
+            if not isinstance(ended, Committed) and not (isinstance(ended, GuardFailed) and await self._late(outcome)):
                 break
             del self.unrecorded[decision_id]
         try:
@@ -114,6 +115,19 @@ class Recovery:
                     await self._close(left)
         except JournalError as error:
             self._exchange.tracer.fault("spine.recovery.unreadable", exc=error)
+
+    async def _late(self, outcome: Record) -> bool:
+        """Its decision is not open: closed by us after all, by who took us for dead, or never recorded; is all told?"""
+        try:
+            closed = await self._source.outcome_of(outcome.fields["decision_id"], outcome.fields["run_id"])
+        except JournalError as error:
+            self._exchange.tracer.fault("spine.recovery.unreadable", exc=error)
+            return False
+        if closed is None or closed["instance"] == self._instance:
+            return True
+        self._exchange.tracer.fault("spine.outcome.late", decision_id=outcome.fields["decision_id"])
+        late = Record("outcome.late", outcome.at, outcome.fields)
+        return isinstance(await self._recorder.commit([late], run_id=outcome.fields["run_id"]), Committed)
 
     async def _close(self, left: OpenDecision) -> None:
         decision = await self._source.body_at(left.seq)

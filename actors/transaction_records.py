@@ -215,7 +215,8 @@ def aborted(plan: Plan, at: int) -> tuple[list[Record], TransactionResult]:
 def parked(plan: Plan, at: int) -> tuple[list[Record], TransactionResult]:
     """A completion that waits for an operator because a rollback failed."""
     stuck = [step for step in plan.steps if step.state is StepState.PARKED]
-    plan.state = move_tx(plan.state, TxState.PARKED, [step.state for step in plan.before_commit()])
+    # What a LOCAL domain planned was never written: it neither parks nor holds anything up.
+    plan.state = move_tx(plan.state, TxState.PARKED, [step.state for step in plan.steps if step.external])
     result = result_of(plan, TransactionPhase.PARKED)
     fields = {
         **identity(plan),

@@ -249,7 +249,7 @@ class Spine(Declarations, Operating, Runs):
         """Why the run ended as it did, from the journal alone; raises ``LookupError`` for a run it does not know."""
         system = self._use()
         rows = await system.reader.run_rows(run_id)
-        intact = await system.reader.run_evidence(rows)
+        intact = await system.reader.run_evidence(run_id, rows)
         return explain(rows, now_us=system.clock.time_us(), intact=intact, run_id=run_id)
 
     def black_box(self) -> dict[str, list[Passage]]:

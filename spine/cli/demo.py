@@ -130,4 +130,4 @@ async def _day(url: str) -> Explanation:
         await live_through(spine)
     async with reading(url) as reader:
         rows = await reader.run_rows(MOST_INTERESTING)
-        return explain(rows, now_us=time.time_ns() // 1_000, intact=await reader.run_evidence(rows))
+        return explain(rows, now_us=time.time_ns() // 1_000, intact=await reader.run_evidence(MOST_INTERESTING, rows))

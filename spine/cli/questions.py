@@ -85,7 +85,7 @@ async def _evidence(url: str, run: str) -> tuple[str | None, list[Any], bool | N
                 raise CommandError(f"{run!r} begins several runs: {', '.join(ids[:_AMBIGUOUS_SHOWN])}{more}")
             run = ids[0]
             rows = await reader.run_rows(run)
-        return run, list(rows), await reader.run_evidence(rows) if rows else None
+        return run, list(rows), await reader.run_evidence(run, rows) if rows else None
 
 
 async def list_runs(url: str, *, as_json: bool = False, limit: int = 0, only: str | None = None) -> None:

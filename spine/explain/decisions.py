@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spine.explain.story import JournalRow, Story, flag_of, items_of, text_of
+from spine.explain.story import LATE, JournalRow, Story, flag_of, items_of, text_of
 
 _RULE_FIELDS = ("id", "version", "mode", "outcome", "determined")
 
@@ -28,6 +28,7 @@ class DecisionLine:
     would_have: Mapping[str, Any] | None = None
     error: str | None = None
     final: bool = False
+    late: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the decision as ``why --json`` shows it."""
@@ -76,6 +77,7 @@ def _decision(row: JournalRow, story: Story) -> DecisionLine:
         would_have=would_have if isinstance(would_have, dict) else None,
         error=None if ended is None else text_of(ended.body, "error"),
         final=body.get("final") is True or body.get("allowed") is False,
+        late=ended is not None and ended.body.get("kind") == LATE,
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+# The outcome of an operation whose process had been taken for dead.
+LATE = "outcome.late"
 COMMITTED = "COMMITTED"
 PARKED = "PARKED"
 ABORTED_STATES = ("ABORTED", "ABORTED_MANUAL")
@@ -150,7 +152,8 @@ def _sort(story: Story, row: JournalRow, kind: str) -> None:
             story.refused_start = row
     elif kind == "decision":
         story.decisions.append(row)
-    elif kind == "outcome":
+    elif kind in ("outcome", LATE):
+        # The late one is how it really ended.
         story.outcomes[str(body.get("decision_id"))] = row
     elif kind == "ack":
         story.acks.append(row)

@@ -102,10 +102,11 @@ def _ending(decision: DecisionLine) -> str:
     outcome = decision.outcome
     if outcome is None:
         return "" if decision.final else "; no outcome recorded"
+    late = " late, after another process had recorded it as INTERRUPTED," if decision.late else ""
     if outcome["success"] is True:
-        end = "; succeeded"
+        end = f"; succeeded{late}"
     else:
-        end = f"; failed {printable(outcome['error_code'])}: {printable(decision.error)}"
+        end = f"; failed{late} {printable(outcome['error_code'])}: {printable(decision.error)}"
     return end + f" (queue {_ms(outcome['queue_ms'])}, handler {_ms(outcome['handle_ms'])})"
 
 

@@ -38,8 +38,8 @@ def totals(rows: Iterable[JournalRow], *, key_prefix: str | None = None) -> Tota
     """Count one run's rows.
 
     An operation that was run again under its key, after an interruption, counts once, as it ended. With ``key_prefix``
-    only operations whose idempotency key begins so are counted, and no rows of other operations or of repeated refusals
-    to start: what a caller sends again then counts as often as the first time.
+    only operations whose idempotency key begins so are counted, and no rows of other operations, of repeated refusals
+    to start, or of refused completions: what a caller sends again then counts as often as the first time.
     """
     story = read(rows)
     keyed, others = _by_key(story, key_prefix)
@@ -52,8 +52,7 @@ def totals(rows: Iterable[JournalRow], *, key_prefix: str | None = None) -> Tota
         counted.rolled_back += attempt.state in ABORTED_STATES
     if key_prefix is not None:
         ends = sum(str(row.body.get("decision_id")) in story.outcomes for row in others)
-        repeated = max(story.refusals - 1, 0) + max(story.refused_completions - 1, 0)
-        counted.journal_rows -= len(others) + ends + repeated
+        counted.journal_rows -= len(others) + ends + max(story.refusals - 1, 0) + story.refused_completions
     return counted
 
 

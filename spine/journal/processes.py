@@ -1,4 +1,4 @@
-"""Which process this is, which others surely live no more, and which files a fork inherited from its parent."""
+"""Which process this is, which others are known to live or not, and which files a fork inherited from its parent."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ def this_process() -> str:
     return _name(os.getpid())
 
 
-def surely_dead(process: str | None) -> bool:
-    """Whether ``process`` ran on this machine, in this process namespace, and runs no more."""
+def lives(process: str | None) -> bool | None:
+    """Whether ``process`` runs; ``None`` when it is of another machine or process namespace and nobody here knows."""
     here = this_process()
     if not process or not here:
-        return False
+        return None
     place, _, rest = process.partition("/")
     pid = rest.partition("/")[0]
-    return place == here.partition("/")[0] and pid.isdigit() and _name(int(pid)) != process
+    if place != here.partition("/")[0] or not pid.isdigit():
+        return None
+    return _name(int(pid)) == process
 
 
 def _name(pid: int) -> str:
@@ -35,8 +37,12 @@ def _name(pid: int) -> str:
         return ""
     try:
         # The name in brackets may hold anything, so what follows the last bracket is counted: field 22 is the start.
-        started = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode("ascii")
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        state, started = fields[0], fields[19].decode("ascii")
     except (OSError, IndexError):
+        return "gone"
+    if state in (b"Z", b"X"):
+        # It has ended, only its parent has not asked yet.
         return "gone"
     return f"{boot} {namespace}/{pid}/{started}"
 

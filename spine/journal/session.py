@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, Final
 
@@ -40,7 +40,7 @@ _SCHEMA: Final = {
 }
 _COMPILED_MAX: Final = 1_000
 _RESTART_FACTOR: Final = 8
-_RESTART_WAIT_MS: Final = 100
+_IMPATIENT_MS: Final = 100
 
 
 class Session:
@@ -270,8 +270,18 @@ class Session:
         return True
 
     def _restart_log(self) -> None:
-        self._connection.execute(f"PRAGMA busy_timeout={_RESTART_WAIT_MS}")
-        try:
+        with self.impatient():
             self._connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+
+    @contextmanager
+    def impatient(self) -> Iterator[None]:
+        """Wait hardly at all for another process's lock on an SQLite database: commits must not wait behind this."""
+        if self.target.dialect != "sqlite":
+            yield
+            return
+        self._connection.execute(f"PRAGMA busy_timeout={_IMPATIENT_MS}")
+        try:
+            yield
         finally:
-            self._connection.execute(f"PRAGMA busy_timeout={self._busy_timeout_ms}")
+            if self._connection is not None:
+                self._connection.execute(f"PRAGMA busy_timeout={self._busy_timeout_ms}")

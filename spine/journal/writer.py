@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -20,7 +21,7 @@ from spine.journal.faults import (
     is_storage,
     is_unit,
 )
-from spine.journal.processes import this_process
+from spine.journal.lease import Lease
 from spine.journal.session import Session
 from spine.journal.thread import Worker
 from spine.kernel.errors import JournalError
@@ -31,14 +32,6 @@ _FIND_UNITS: Final = (
     "AND unit IN ({}) GROUP BY unit"
 )
 _ROW_HASH: Final = f"SELECT hash FROM journal WHERE stream = '{STREAM}' AND seq = ?"
-_FORGET: Final = (
-    "DELETE FROM instances WHERE lease_until_at < ? AND instance NOT IN (SELECT instance FROM open_decisions)"
-)
-_FORGET_AFTER_US: Final = 24 * 3600 * 1_000_000
-_RENEW: Final = (
-    "INSERT INTO instances (instance, lease_until_at, started_at, process) VALUES (?, ?, ?, ?) "
-    "ON CONFLICT (instance) DO UPDATE SET lease_until_at = excluded.lease_until_at"
-)
 
 
 class GroupCommit:
@@ -55,6 +48,7 @@ class GroupCommit:
         self._pages = 0
         self._head: Head | None = None
         self._size = 0
+        self._lease: Lease | None = None
 
     def open(self) -> None:
         """Connect, make the schema if there is none, and read the head. Raises JournalError."""
@@ -72,16 +66,18 @@ class GroupCommit:
 
     def close(self) -> None:
         """Copy the log back if possible and disconnect."""
-        self.idle()
+        self._copy_back()
         self._session.close()
 
     def commit(self, units: Sequence[Unit]) -> list[CommitOutcome]:
         """Write ``units`` together; where one of them is at fault, each on its own. One outcome for each, in order."""
+        # Before the batch: nothing may come between a commit and its answers.
+        self._renew_lease()
         encoded = [encode(unit) for unit in units]
         outcomes = iter(self._commit([unit for unit in encoded if isinstance(unit, Encoded)]))
         result = [unit if isinstance(unit, GuardFailed) else next(outcomes) for unit in encoded]
         if self._pages >= self._checkpoint_pages:
-            self.idle()
+            self._copy_back()
         return result
 
     def _commit(self, units: Sequence[Encoded]) -> list[CommitOutcome]:
@@ -218,13 +214,33 @@ class GroupCommit:
                 found.update((unit, Committed(first, last)) for unit, first, last in rows)
         return found
 
-    def renew_lease(self, instance: str, until_us: int, started_us: int | None) -> None:
-        """Say that ``instance`` lives until ``until_us``. Raises JournalUnavailable."""
+    def keep_lease(self, lease: Lease) -> None:
+        """Say that its instance lives, and go on saying so. Raises JournalUnavailable; it goes on all the same."""
+        self._lease = lease
         with self._own_statement() as session:
-            session.begin()
-            session.execute(_RENEW, (instance, until_us, started_us, this_process() or None))
-            session.execute(_FORGET, (until_us - _FORGET_AFTER_US,))
-            session.commit()
+            lease.renew(session)
+
+    def release_lease(self) -> None:
+        """Give the lease back, if there is one. Raises JournalUnavailable."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            with self._own_statement() as session:
+                lease.release(session)
+
+    def _renew_lease(self) -> None:
+        """Here and not on the event loop: a blocked loop does not make its process a dead one."""
+        lease = self._lease
+        if lease is None:
+            return
+        try:
+            if lease.abandoned():
+                self.release_lease()
+            elif lease.due:
+                with self._own_statement() as session, session.impatient():
+                    lease.renew(session)
+        except JournalError:
+            # It is tried again soon; whether the database takes anything is told by commits.
+            return
 
     @contextmanager
     def _own_statement(self) -> Iterator[Session]:
@@ -239,6 +255,12 @@ class GroupCommit:
             raise unavailable(self._target, error) from error
 
     def idle(self) -> bool:
+        """Copy the log back and renew the lease; whether to do so again soon."""
+        left = self._copy_back()
+        self._renew_lease()
+        return left or self._lease is not None
+
+    def _copy_back(self) -> bool:
         """Copy the log back; whether there is still something to copy."""
         if not self._pages:
             return False
@@ -287,9 +309,17 @@ class JournalWriter:
         wanted = list(ids)
         return await self._worker.call(lambda: self._core.find_units(wanted, since_seq))
 
-    async def renew_lease(self, instance: str, until_us: int, *, started_us: int | None = None) -> None:
-        """Say that the process ``instance`` lives until ``until_us`` (unix microseconds). Raises JournalError."""
-        await self._worker.call(lambda: self._core.renew_lease(instance, until_us, started_us))
+    async def keep_lease(self, instance: str, lease_s: float, now_us: Callable[[], int]) -> None:
+        """Say that ``instance`` lives for ``lease_s`` seconds of that clock (unix microseconds), and go on saying so.
+
+        It goes on until ``release_lease``, ``close``, or the end of this event loop. Raises JournalError, and tries on.
+        """
+        lease = Lease(instance, round(lease_s * 1e6), now_us, asyncio.get_running_loop().is_closed)
+        await self._worker.call(lambda: self._core.keep_lease(lease))
+
+    async def release_lease(self) -> None:
+        """Give the lease back, if there is one: what is unfinished may be taken over at once. Raises JournalError."""
+        await self._worker.call(self._core.release_lease)
 
     async def close(self) -> None:
         """Finish what was given to it and disconnect; closing again does nothing."""

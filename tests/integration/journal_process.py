@@ -147,7 +147,7 @@ async def _forked(writer: JournalWriter, url: str) -> None:
     for attempt in (
         writer.commit([Unit("child-0", [started("child-0")])]),
         writer.find_units(["x"], 0),
-        writer.renew_lease("i", 1),
+        writer.release_lease(),
     ):
         try:
             await attempt

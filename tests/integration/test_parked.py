@@ -8,9 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from spine import (
-    Spine,
-)
+from spine import Refused, RunFacts, Spine, Write
 from spine.kernel.errors import ConfigurationError
 from tests.governed import intact, journal, query, running, together, until
 from tests.participants import (
@@ -83,6 +81,32 @@ async def test_a_rollback_that_fails_is_parked_and_visible(sqlite_url: str, worl
         ("no", "ROLLED_BACK"),
         ("orchestrator", "FAILED"),
     ]
+    intact(sqlite_url)
+
+
+@pytest.mark.parametrize("does", ["refuses", "fails", "changes nothing"])
+async def test_a_local_domain_that_fails_parks_what_cannot_be_undone(sqlite_url: str, world: World, does: str) -> None:
+    """However it fails, and the payment's rollback after it: the caller is told which failed and what is parked."""
+
+    class Book:
+        name, after = "book", ("pay",)
+
+        def plan(self, run: RunFacts) -> list[Write]:
+            if does == "refuses":
+                raise Refused("CLOSED", "the books are closed")
+            if does == "fails":
+                raise KeyError("account")
+            return [Write("UPDATE bills SET cents = 1 WHERE id = 'none'")]
+
+    spine = over(sqlite_url, Remote(world, rollback=raises(OSError("the bank is closed"))), Book())
+    async with running(spine):
+        query(sqlite_url, "CREATE TABLE bills (id TEXT PRIMARY KEY, cents INTEGER NOT NULL)")
+        error = await failure(spine)
+        assert (error.phase, error.code, error.failed_domain) == ("PARKED", "PARKED", "book")
+        assert {result.domain: result.state for result in error.domains}["pay"] == "PARKED"
+        assert (await spine.why("run-1")).verdict == "parked"
+    assert transactions(sqlite_url) == ["PARKED"]
+    assert journal(sqlite_url, "tx.claimed") == []
     intact(sqlite_url)
 
 

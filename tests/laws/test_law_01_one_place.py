@@ -129,7 +129,7 @@ async def test_every_message_that_an_actor_is_handed_has_passed_the_spine_mailbo
         kinds = {name: {passage.kind for passage in passages} for name, passages in boxes.items()}
         assert kinds["registry"] == {"Execute", "StartRun", "SwitchGovernance"}
         assert kinds["coordinator"] == {"CompleteRun", "CreatePolicyEvaluation"}
-        assert kinds["audit"] == {"Append", "RenewLease"}
+        assert kinds["audit"] == {"Append", "KeepLease"}
         appended = sum(passage.kind == "Append" for passage in boxes["audit"])
         assert appended == len({row["unit"] for row in rows(sqlite_url)}) == spine.health().journal["units"]
 

@@ -442,6 +442,33 @@ async def test_why_tells_that_its_evidence_is_broken(sqlite_url: str) -> None:
 
 
 @pytest.mark.anyio
+async def test_why_tells_of_a_denial_that_was_hidden_by_its_copied_column(sqlite_url: str) -> None:
+    """The body keeps its hash and the chain holds: only the column by which the run's rows are found was changed."""
+    spine = Spine(sqlite_url)
+
+    @spine.rule("work.*")
+    def never(ctx: OperationContext) -> AuthorityDecision:
+        return AuthorityDecision.deny("no", code="NEVER")
+
+    @spine.operation("work.step")
+    async def step(ctx: OperationContext) -> None:
+        pass
+
+    async with spine:
+        await spine.start_run("run-1", tenant_id="acme")
+        await spine.start_run("run-2", tenant_id="acme")
+        await spine.execute("work.step", tenant_id="acme", run_id="run-1")
+        await spine.execute("work.step", tenant_id="acme", run_id="run-2")
+        await spine.complete_run("run-1", tenant_id="acme", run_status="failed")
+        assert (await spine.why("run-1")).verdict == "denied"
+        with closing(sqlite3.connect(file_of(sqlite_url), isolation_level=None)) as db:
+            db.execute("UPDATE journal SET run_id = NULL WHERE run_id = 'run-1' AND kind = 'decision'")
+        lied = await spine.why("run-1")
+        assert (lied.verdict, lied.evidence["intact"], lied.exit_code) == ("failed", False, 7)
+        assert (await spine.why("run-2")).evidence["intact"]
+
+
+@pytest.mark.anyio
 async def test_why_of_an_id_that_is_not_text_is_why_of_no_run(sqlite_url: str) -> None:
     """No journal can hold such an id: a program is told that there is no such run, not how text is encoded."""
     async with Spine(sqlite_url) as spine:

@@ -16,6 +16,7 @@ from tests.unit.journal_kit import (
     acknowledged,
     all_committed,
     begun,
+    committed,
     day,
     decided,
     event,
@@ -231,9 +232,9 @@ async def test_the_bypass_bill_counts_what_would_have_been_denied(journal_url: s
 
 @pytest.mark.parametrize("run", ["run-0", "run-1", "run-2"])
 async def test_untouched_evidence_is_intact(reader: JournalReader, run: str) -> None:
-    assert await reader.run_evidence(await reader.run_rows(run))
-    assert await reader.run_evidence(await reader.tail(0))
-    assert await reader.run_evidence([])
+    assert await reader.run_evidence(run, await reader.run_rows(run))
+    assert await reader.bound(await reader.tail(0))
+    assert await reader.bound([])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,58 @@ async def test_damage_in_or_beside_a_runs_rows_is_seen(reader: JournalReader, jo
     sql(journal_url, damage)
     rows = await reader.run_rows("run-1")
     assert rows
-    assert not await reader.run_evidence(rows)
+    assert not await reader.run_evidence("run-1", rows)
+
+
+HIDDEN = "seq > 20 AND run_id = 'long' AND ref = 'd-700'"
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        (f"UPDATE journal SET run_id = NULL WHERE {HIDDEN}", True),
+        (f"UPDATE journal SET run_id = 'other' WHERE {HIDDEN}", True),
+        (f"UPDATE journal SET stream = 'other' WHERE {HIDDEN}", True),
+        (f"DELETE FROM journal WHERE {HIDDEN}", True),
+        ("UPDATE journal SET run_id = NULL WHERE run_id = 'long' AND kind = 'run.started'", True),
+        ("UPDATE journal SET run_id = NULL WHERE run_id = 'long' AND kind = 'tx.committed'", True),
+        ("UPDATE journal SET run_id = 'long' WHERE ref = 'd-700-other'", True),
+        (f"UPDATE journal SET tenant_id = 'x', kind = 'x', ref = 'x' WHERE {HIDDEN}", False),
+        ("UPDATE journal SET run_id = NULL WHERE run_id = 'other' AND ref = 'd-700-other'", False),
+    ],
+)
+async def test_a_row_hidden_from_its_run_by_its_columns_is_seen(journal_url: str, change: str, seen: bool) -> None:
+    quoted = {"run_id": "long"}
+    between = [
+        record
+        for n in range(0, 1_500, 100)
+        for record in (
+            decided(f"d-{n}-before", None, params=quoted),
+            decided(f"d-{n}", "long"),
+            decided(f"d-{n}-other", "other", params=quoted),
+        )
+    ]
+    records = [started("other"), started("long"), *between, begun("tx", "long"), committed("tx", "long")]
+    assert all_committed(await write(journal_url, [*day(), Unit("u", [*records, decided("last", "other")])]))
+    async with reading(journal_url) as reader:
+        assert await reader.run_evidence("long", await reader.run_rows("long"))
+        sql(journal_url, change)
+        assert await reader.run_evidence("long", await reader.run_rows("long")) is not seen
+
+
+async def test_evidence_of_a_long_run_is_looked_at_part_by_part(
+    journal_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spine.journal.reader._RANGE", 7)
+    name = 'odd "%_\\ \u00fc'
+    units = [Unit(f"u{n}", [decided(f"d{n}", name if n % 5 == 0 else None)]) for n in range(51)]
+    assert all_committed(await write(journal_url, units))
+    async with reading(journal_url) as reader:
+        assert await reader.run_evidence(name, await reader.run_rows(name))
+        for hidden in range(5, 50, 5):
+            sql(journal_url, "UPDATE journal SET run_id = NULL WHERE ref = ?", f"d{hidden}")
+            assert not await reader.run_evidence(name, await reader.run_rows(name))
+            sql(journal_url, "UPDATE journal SET run_id = ? WHERE ref = ?", name, f"d{hidden}")
 
 
 async def test_damaged_text_is_read_and_seen(sqlite_url: str) -> None:
@@ -263,20 +315,20 @@ async def test_damaged_text_is_read_and_seen(sqlite_url: str) -> None:
     async with reading(sqlite_url) as reader:
         rows = await reader.run_rows("run-1")
         assert [row.body for row in rows if not row.body] == [{}, {}]
-        assert not await reader.run_evidence(rows)
+        assert not await reader.run_evidence("run-1", rows)
 
 
 async def test_a_changed_head_is_seen_by_the_last_row(reader: JournalReader, journal_url: str) -> None:
     sql(journal_url, "UPDATE journal_head SET hash = (SELECT hash FROM journal WHERE seq = 1)")
-    assert not await reader.run_evidence(await reader.tail(30))
-    assert await reader.run_evidence(await reader.run_rows("run-1"))
+    assert not await reader.bound(await reader.tail(30))
+    assert await reader.run_evidence("run-1", await reader.run_rows("run-1"))
 
 
 async def test_evidence_of_the_last_row_holds_while_others_write(journal_url: str) -> None:
     async with writing(journal_url) as writer, reading(journal_url) as reader:
         await writer.commit([Unit("u0", [started()])])
         writes = [writer.commit([Unit(f"u{n}", [decided(f"d{n}")])]) for n in range(1, 30)]
-        checks = [reader.run_evidence(await reader.run_rows("run-1")) for _ in range(10)]
+        checks = [reader.run_evidence("run-1", await reader.run_rows("run-1")) for _ in range(10)]
         results = await asyncio.gather(*writes, *checks)
     assert all(result is True for result in results[29:])
 
@@ -332,4 +384,4 @@ async def test_large_bodies_come_back_whole(journal_url: str) -> None:
     async with reading(journal_url) as reader:
         (row,) = await reader.run_rows("big")
         assert row.body["x"] == "\u00e9" * 1_000_000
-        assert await reader.run_evidence([row])
+        assert await reader.run_evidence("big", [row])
