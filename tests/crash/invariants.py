@@ -90,7 +90,7 @@ def check(url: str, place: Path) -> None:
 
 def _moved_as_the_table_allows(record: Record, tx: str) -> None:
     """Every move is one of the table's, none is under a stale epoch, nothing is in flight any more."""
-    state, epoch, instances = "EXECUTING", 1, set()
+    state, epoch = "EXECUTING", 1
     for row in record.rows[tx]:
         if "epoch" in row and row["kind"] != "event.published":
             raised = row["kind"] in ("tx.claimed", "tx.retried")
@@ -99,7 +99,6 @@ def _moved_as_the_table_allows(record: Record, tx: str) -> None:
         if (target := ENDS.get(row["kind"])) is not None:
             assert target in LEGAL.get(state, ()), f"{tx}: {row['kind']} while {state}"
             state = target
-        instances.add(row.get("instance"))
     assert state == record.states[tx], f"{tx}: the journal says {state}, its row {record.states[tx]}"
     assert state in ("COMMITTED", "ABORTED", "PARKED", "ABORTED_MANUAL"), f"{tx} is still {state}"
 
@@ -185,7 +184,7 @@ def _undone(record: Record, tx: str, begun: Mapping[str, Any]) -> None:
 
 
 def _undone_in_reverse(record: Record, tx: str) -> None:
-    """No rollback before the decision to abort, each after its own intent, and payment before stock."""
+    """The payment, which came after the stock, is undone before it."""
     moves = [(row["domain"], row["move"]) for row in record.of(tx, "tx.step") if "move" in row]
     undone = [name for name, move in moves if move == "undone"]
     assert undone == sorted(undone, key=("payment", "stock").index), f"{tx}: undone in the order {undone}"

@@ -40,8 +40,8 @@ STORM = ("raise", "raise", "raise", "raise", "cancel", "cancel", "kill")
 class Blow:
     """What befalls a life, the ``n``-th time that it passes the failpoint, or makes the call, ``at``; or any, if empty.
 
-    At a failpoint ``kill``, ``raise`` or ``cancel``; on a call ``timeout``, ``lost`` (its reply) or ``duplicate``. A
-    ``storm`` does any of the former at any failpoint by chance, ``n`` its seed.
+    At a failpoint ``kill``, ``raise`` or ``cancel``; on a call ``timeout``, ``lost`` (its reply) or ``duplicate``.
+    ``storm``: any of the former at any failpoint by chance, ``n`` is its seed. ``clock``: killed after ``n`` ms.
     """
 
     kind: str
@@ -99,6 +99,7 @@ class Life:
     async def work(self, runs: Sequence[str]) -> None:
         """Complete the runs, each by a caller of its own, at the same time; then wait until nothing is in flight."""
         async with self.spine:
+            self._wind_up()
             await asyncio.gather(*[self._caller(run) for run in runs])
             await self._quiet()
 
@@ -106,6 +107,7 @@ class Life:
         """Wait until nothing is in flight, and ask again for what was told as committed."""
         asked = self.told.of("committed")
         async with self.spine:
+            self._wind_up()
             await self._quiet()
             for line in asked:
                 await self._complete(line["run"], line["key"], "again")
@@ -160,6 +162,12 @@ class Life:
                 await anyio.sleep(0.01)
 
     # -- what befalls it
+
+    def _wind_up(self) -> None:
+        if self._blow.kind == "clock":
+            timer = threading.Timer(self._blow.n / 1000, os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
 
     async def _pass(self, name: str) -> None:
         os.write(self._visits, name.encode() + b"\n")

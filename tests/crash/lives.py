@@ -1,7 +1,7 @@
 """Starts lives: a process that has imported everything, opened nothing, and forks one process a life.
 
-``python -m tests.crash.lives`` reads one life a line as JSON and answers each with its exit status, negative for the
-signal that ended it.
+``python -m tests.crash.lives`` reads, a line of JSON each, lives to live at the same time, and answers with their exit
+statuses, negative for the signal that ended one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ KILLED = -signal.SIGKILL
 
 
 class Lives:
-    """The client's side; one life at a time."""
+    """The client's side."""
 
     def __init__(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SPINE_")}
@@ -47,13 +47,22 @@ class Lives:
 
         Its log is ``place/log``.
         """
-        spec = {"url": url, "place": str(place), "runs": runs, "blow": None if blow is None else asdict(blow)}
+        (status,) = self.together(url, place, [(runs, blow)])
+        return status
+
+    def together(self, url: str, place: Path, lives: Sequence[tuple[Sequence[str], Blow | None]]) -> list[int]:
+        """Let several live at the same time; their exit statuses."""
+        specs = [
+            {"url": url, "place": str(place), "runs": runs, "blow": None if blow is None else asdict(blow)}
+            for runs, blow in lives
+        ]
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps(spec).encode() + b"\n")
+        process.stdin.write(json.dumps(specs).encode() + b"\n")
         process.stdin.flush()
-        return int(process.stdout.readline())
+        statuses: list[int] = json.loads(process.stdout.readline())
+        return statuses
 
     def close(self) -> None:
         self._process.communicate(timeout=LONGEST_S)
@@ -66,14 +75,14 @@ def serve() -> None:
     preload()
     gc.freeze()
     for line in sys.stdin:
-        spec = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _be(live, spec)
-        print(_end(pid), flush=True)
+        born = [_born(live, spec) for spec in json.loads(line)]
+        print(json.dumps([_end(pid) for pid in born]), flush=True)
 
 
-def _be(live: Any, spec: dict[str, Any]) -> None:
+def _born(live: Callable[[dict[str, Any]], None], spec: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
     status = 1
     try:
         log = os.open(Path(spec["place"]) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +39,28 @@ MOODS: Mapping[str, Mapping[tuple[str, str], str]] = {
 class Services:
     """Two services and a broker that share one log: what they were sent, did, and undid.
 
-    The log is written through at once and read again by the next process: what a service did stands, whoever is killed.
+    What is asked of them is done under the log's lock, and in the log, before it is answered: it stands, whichever of
+    the processes that ask is killed, and whoever asks next finds it.
     """
 
     def __init__(self, path: Path) -> None:
         self._log = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._read = 0
         self.lines: list[dict[str, Any]] = []
         self.live: set[str] = set()
         self.tombstones: set[str] = set()
-        for line in path.read_bytes().splitlines():
-            self._heard(json.loads(line))
+        with self._asked():
+            pass
 
     def close(self) -> None:
         os.close(self._log)
 
-    def note(self, what: str, **facts: Any) -> None:
-        line = {"what": what, **facts}
-        # A killed process takes nothing back that it has written; the loss of power is another test.
-        os.write(self._log, json.dumps(line).encode() + b"\n")
-        self._heard(line)
+    def _catch_up(self) -> None:
+        """Read what others have written."""
+        new = os.pread(self._log, os.fstat(self._log).st_size - self._read, self._read)
+        self._read += len(new)
+        for line in new.splitlines():
+            self._heard(json.loads(line))
 
     def _heard(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
@@ -66,23 +71,44 @@ class Services:
                 self.live.discard(line["effect"])
                 self.tombstones.add(line["effect"])
 
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        fcntl.flock(self._log, fcntl.LOCK_EX)
+        try:
+            self._catch_up()
+            yield
+        finally:
+            fcntl.flock(self._log, fcntl.LOCK_UN)
+
+    def _write(self, what: str, **facts: Any) -> None:
+        # A killed process takes nothing back that it has written; the loss of power is another test.
+        os.write(self._log, json.dumps({"what": what, **facts}).encode() + b"\n")
+        self._catch_up()
+
+    def note(self, what: str, **facts: Any) -> None:
+        with self._asked():
+            self._write(what, **facts)
+
     def of(self, *what: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["what"] in what]
 
     # -- the contract of a participant
 
     def apply(self, effect: str) -> None:
-        if effect in self.tombstones:
-            raise Refused("TOMBSTONED", f"effect {effect} is undone")
-        if effect not in self.live:
-            self.note("applied", effect=effect)
+        with self._asked():
+            if effect in self.tombstones:
+                raise Refused("TOMBSTONED", f"effect {effect} is undone")
+            if effect not in self.live:
+                self._write("applied", effect=effect)
 
     def undo(self, effect: str) -> None:
-        if effect not in self.tombstones:
-            self.note("undone", effect=effect)
+        with self._asked():
+            if effect not in self.tombstones:
+                self._write("undone", effect=effect)
 
     def status(self, effect: str) -> str:
-        return TOMBSTONED if effect in self.tombstones else APPLIED if effect in self.live else ABSENT
+        with self._asked():
+            return TOMBSTONED if effect in self.tombstones else APPLIED if effect in self.live else ABSENT
 
     def late_duplicates(self) -> None:
         """The network delivers every forward that was ever sent once more."""
@@ -213,7 +239,6 @@ class Broker:
     """The publisher."""
 
     world: World
-    events: list[Event] = field(default_factory=list)
 
     async def publish(self, event: Event) -> None:
         note = self.world.services.note

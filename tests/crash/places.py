@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import shutil
 import sqlite3
 from collections import Counter
@@ -22,6 +23,7 @@ from tests.crash.outside import LEDGER
 LANES = 2
 LIVES_MOST = 4
 LOG_TAIL = 4_000
+DEADLY = ("kill", "clock", "storm")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class SqlitePlaces:
             database.commit()
 
     def drop(self, place: Place) -> None:
-        shutil.rmtree(place.folder)
+        """Nothing: the database lies in its folder."""
 
 
 class PostgresqlPlaces:
@@ -115,68 +117,64 @@ class PostgresqlPlaces:
         self._ask(sql, place.url)
 
     def drop(self, place: Place) -> None:
-        self._ask(f'DROP DATABASE IF EXISTS "{place.url.rpartition("/")[2]}" WITH (FORCE)')
-        shutil.rmtree(place.folder)
+        self._ask(f'DROP DATABASE "{place.url.rpartition("/")[2]}" WITH (FORCE)')
 
 
 class Stage:
     """Runs cases, ``LANES`` at a time, each on its own copy of a prepared database."""
 
-    def __init__(self, places: SqlitePlaces | PostgresqlPlaces) -> None:
+    def __init__(self, places: SqlitePlaces | PostgresqlPlaces, idle: SimpleQueue[Lives]) -> None:
         self._places = places
+        self._idle = idle
         self._pool = ThreadPoolExecutor(LANES, "crash")
-        self._idle: SimpleQueue[Lives] = SimpleQueue()
-        self._lives = [Lives() for _ in range(LANES)]
-        for lives in self._lives:
-            self._idle.put(lives)
         self._made: list[Place] = []
-        self._new = self._prepare()
+        self._new = self._added(places.empty())
+        self._live(self._new)
+        places.execute(self._new, LEDGER)
         calm = self._copy(self._new)
         self._live(calm, RUNS)
         check(calm.url, calm.folder)
         self.visits = Counter(calm.visits)
+        self.recovery_visits: set[str] = set()
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        for lives in self._lives:
-            lives.close()
         for place in self._made:
             self._places.drop(place)
 
     def submit(self, case: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return self._pool.submit(case, *arguments)
 
-    def _prepare(self) -> Place:
-        place = self._places.empty()
+    def _added(self, place: Place) -> Place:
         self._made.append(place)
-        self._live(place)
-        self._places.execute(place, LEDGER)
         return place
 
     def _copy(self, source: Place) -> Place:
-        place = self._places.copy(source)
-        self._made.append(place)
-        return place
+        return self._added(self._places.copy(source))
 
     @contextmanager
     def _case(self, source: Place) -> Iterator[Place]:
-        """A copy that is dropped unless the case fails."""
-        place = self._places.copy(source)
+        """A copy; if the case fails, its folder is kept."""
+        place = self._copy(source)
         try:
             yield place
         except AssertionError as error:
             raise AssertionError(place.problem(str(error))) from error
+        self._made.remove(place)
         self._places.drop(place)
+        shutil.rmtree(place.folder)
 
-    def _live(self, place: Place, runs: Sequence[str] = (), blow: Blow | None = None) -> int:
+    def _live(self, place: Place, runs: Sequence[str] = (), blow: Blow | None = None, *, beside: bool = False) -> int:
+        """One life, ``beside`` another one that recovers and that nothing befalls; its exit status."""
         lives = self._idle.get()
         try:
-            status = lives.live(place.url, place.folder, runs=runs, blow=blow)
+            statuses = lives.together(place.url, place.folder, [(runs, blow), *([((), None)] if beside else [])])
         finally:
             self._idle.put(lives)
-        dies = blow is not None and blow.kind in ("kill", "storm")
-        assert status == 0 or (dies and status == KILLED), f"a life with {blow} ended with {status}"
-        return status
+        dies = blow is not None and blow.kind in DEADLY
+        assert statuses[0] == 0 or (dies and statuses[0] == KILLED), f"a life with {blow} ended with {statuses[0]}"
+        assert statuses[1:] in ([], [0]), f"a life beside one with {blow} ended with {statuses[1]}"
+        return statuses[0]
 
     def _recovered(self, place: Place) -> None:
         self._live(place)
@@ -203,17 +201,25 @@ class Stage:
         (place.folder / "visits").unlink()
         with self._case(place) as calm:
             self._recovered(calm)
-            return place, Counter(calm.visits)
+            visits = Counter(calm.visits)
+        self.recovery_visits |= visits.keys()
+        return place, visits
 
-    def strike_again(self, left: Place, blow: Blow) -> None:
-        """Something befalls the application that recovers what a killed one ``left``; a third one ends it."""
+    def strike_again(self, left: Place, blow: Blow, runs: Sequence[str], *, beside: bool) -> None:
+        """Something befalls the application that recovers what a killed one ``left``; the last one ends it.
+
+        Its callers complete the ``runs`` once more meanwhile; another process may recover ``beside`` it.
+        """
         with self._case(left) as place:
-            self._live(place, blow=blow)
+            self._live(place, runs, blow, beside=beside)
             self._recovered(place)
 
     def storm(self, seed: int) -> None:
-        """At any moment anything, in one life after the other; then a calm one."""
+        """At any moment anything, in one life after the other, some of them beside others; then a calm one."""
+        chance = random.Random(seed)
         with self._case(self._new) as place:
-            for life in range(LIVES_MOST):
-                self._live(place, () if life else RUNS, Blow("storm", n=seed * LIVES_MOST + life))
+            for life in range(chance.randint(1, LIVES_MOST)):
+                blow = chance.choice((Blow("storm", n=chance.getrandbits(32)), Blow("clock", n=chance.randint(1, 250))))
+                runs = () if life and chance.random() < 0.5 else RUNS
+                self._live(place, runs, blow, beside=chance.random() < 0.3)
             self._recovered(place)

@@ -232,3 +232,26 @@ async def test_what_found_no_room_comes_before_what_is_committed_later(
         await until(lambda: query(sqlite_url, "SELECT count(*) FROM outbox WHERE state = 'pending'") == [(0,)])
     told = [event.tx_id for event in publisher.events if event.run_id == "run-1"]
     assert told == [left_out.transaction_id, later.transaction_id]
+
+
+async def test_what_another_living_spine_has_yet_to_publish_comes_first(
+    database_url: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two Spines complete one run under two keys; the one whose commit was first is slow to publish it."""
+    monkeypatch.setattr("actors.outbox.RELOAD_S", 0.05)
+    release, told = asyncio.Event(), Published()
+
+    class Slow(Published):
+        async def publish(self, event: Event) -> None:
+            await release.wait()
+            await told.publish(event)
+
+    slow, quick = over(database_url, publisher=Slow()), over(database_url, publisher=told)
+    async with running(slow, quick):
+        first = await complete(slow, completion_key="first")
+        second = await complete(quick, completion_key="second")
+        assert [first.phase, second.phase] == ["COMMITTED", "COMMITTED"]
+        assert told.events == []
+        release.set()
+        await until(lambda: len(told.events) == 2)
+    assert [event.tx_id for event in told.events] == [first.transaction_id, second.transaction_id]
