@@ -127,11 +127,13 @@ class Attempts:
         saga = Saga(self._driving, plan)
         try:
             await self._drive(saga)
-        except (TransactionFailed, Lost):
-            # Both are in the journal, for whoever asks.
+        except Lost:
+            # Whoever has it now goes on.
             return
-        finally:
-            self._driving.counts["recovered"] += plan.state.in_flight is False
+        except TransactionFailed:
+            # It is in the journal, for whoever asks.
+            pass
+        self._driving.counts["recovered"] += 1
 
     async def _attempt(self, envelope: Envelope, request: CompleteRun, waited: str) -> TransactionResult:
         """``waited`` is the transaction whose end the caller waits for: if it was aborted, that is the answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -12,7 +13,7 @@ import orjson
 
 from actors.records import recordable, text
 from actors.verdicts import lacking
-from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of
+from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, said_by
 from spine.explain.story import JournalRow
 from spine.governance.contract import FINALIZE, AckStatus
 from spine.governance.params import detached, id_problem
@@ -30,7 +31,10 @@ from spine.kernel.ids import named
 
 @dataclass(slots=True)
 class Step:
-    """One domain's part of the transaction; ``domain`` is ``None`` when this process does not know it."""
+    """One domain's part of the transaction; ``domain`` is ``None`` when this process does not know it.
+
+    ``tried`` is how many processes have ended while its rollback was asked for.
+    """
 
     n: int
     name: str
@@ -46,6 +50,7 @@ class Step:
     result: Mapping[str, Any] | None = None
     code: str | None = None
     error: str | None = None
+    tried: int = 0
 
     @property
     def external(self) -> bool:
@@ -124,7 +129,10 @@ class Plan:
             operations=self.counts[0],
             operations_denied=self.counts[1],
             operations_failed=self.counts[2],
-            results={other.name: other.result for other in self.steps[: step.n] if other.result is not None},
+            # Its own: what it changes in them must not reach the record.
+            results={
+                other.name: deepcopy(dict(other.result)) for other in self.steps[: step.n] if other.result is not None
+            },
         )
 
 
@@ -226,7 +234,7 @@ def _finite(value: object) -> bool:
 def fail_with(plan: Plan, step: Step, error: BaseException) -> None:
     """Mark the step whose domain raised: a business no, or a failure."""
     if isinstance(error, Refused):
-        fail(plan, step, StepState.REFUSED, str(error.code), str(error.reason), error)
+        fail(plan, step, StepState.REFUSED, *said_by(error), error)
     else:
         fail(plan, step, StepState.UNKNOWN, type(error).__name__, describe(error), error)
 

@@ -8,7 +8,7 @@ domains outside is driven by a saga. What is committed is handed to the outbox; 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, assert_never, cast
 
@@ -30,7 +30,7 @@ from spine.governance.contract import Acknowledge
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.failpoints import Failpoint
 from spine.governance.parking import ResolveTransaction, RetryTransaction
-from spine.governance.transactions import CompleteRun, DomainClass
+from spine.governance.transactions import CompleteRun, DomainClass, TxState
 from spine.kernel.actor import Actor
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
@@ -46,7 +46,6 @@ COUNTED = (
     "recovered",
     "events_published",
     "events_failed",
-    "events_stuck",
 )
 Message = CompleteRun | ResolveTransaction | RetryTransaction | CreatePolicyEvaluation | EmitLesson | Acknowledge
 
@@ -72,11 +71,13 @@ class Completions:
     failpoint: Failpoint
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
     unended: dict[str, int] = field(default_factory=dict)
+    stuck: Callable[[], int] = lambda: 0
 
     def to_dict(self) -> dict[str, int]:
         """For health: what was done since the start, and what is unended in the database as of the last look."""
-        in_flight = sum(count for state, count in self.unended.items() if state != "PARKED")
-        return {**self.counts, "in_flight": in_flight, "parked_now": self.unended.get("PARKED", 0)}
+        parked = self.unended.get(TxState.PARKED, 0)
+        in_flight = sum(self.unended.values()) - parked
+        return {**self.counts, "events_stuck": self.stuck(), "in_flight": in_flight, "parked_now": parked}
 
 
 class Coordinator(Actor):
@@ -104,7 +105,7 @@ class Coordinator(Actor):
             instance=deps.instance,
             counts=own.counts,
         )
-        self._keeps_outbox = own.redeliver or bool(posts)
+        own.stuck = self._outbox.stuck
         parts = parts_of(own.participants)
         driving = Driving(
             deps.exchange,
@@ -140,9 +141,8 @@ class Coordinator(Actor):
 
     async def start(self) -> None:
         """Begin to deliver what is pending and to take over what is stranded."""
-        if self._keeps_outbox:
-            self._housekeeping.append(self._tasks.spawn(self._outbox.keep(), "outbox"))
-        self._housekeeping.append(self._tasks.spawn(self._takeover.keep(self._tasks.spawn), "takeover"))
+        self._housekeeping.append(self._tasks.spawn(self._outbox.keep(self._tasks), "outbox"))
+        self._housekeeping.append(self._tasks.spawn(self._takeover.keep(self._tasks), "takeover"))
 
     async def stop(self) -> bool:
         """Let running completions end or be undone; what is left stays in the journal, to be gone on with."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from spine.domains import Refused
@@ -52,13 +53,17 @@ class EffectCalls:
 
     async def call(self, name: str, what: str, method: Method, effect: Effect) -> Answer:
         """Call ``method`` of domain ``name`` until ``effect.deadline``; never raises what the domain raises."""
-        await self._failpoint(f"{of_call(what)}.before")
-        running = _Running(self._exchange, effect.deadline)
+        return await self.run(f"{what} of domain {name!r}", of_call(what), partial(method, effect), effect.deadline)
+
+    async def run(self, label: str, moment: str, work: Callable[[], Awaitable[Any]], deadline: float) -> Answer:
+        """Run foreign code until ``deadline`` (monotonic seconds); what will not end then is left behind."""
+        await self._failpoint(f"{moment}.before")
+        running = _Running(self._exchange, deadline)
         try:
-            running.task = self._tasks.spawn(running.run(method, effect), f"{what} {name} {effect.id}")
+            running.task = self._tasks.spawn(running.run(work), label)
         except Overloaded as error:
             return Unanswered("OVERLOADED", str(error), error)
-        self._exchange.deadlines.add(effect.deadline, running)
+        self._exchange.deadlines.add(deadline, running)
         try:
             await running.ended
         except asyncio.CancelledError:
@@ -66,8 +71,8 @@ class EffectCalls:
             raise
         finally:
             self._exchange.deadlines.discard(running.deadline, running)
-        await self._failpoint(f"{of_call(what)}.after")
-        return running.answer(name, what)
+        await self._failpoint(f"{moment}.after")
+        return running.answer(label)
 
     async def stop(self, seconds: float) -> bool:
         """Cancel what still runs; ``False`` when one refuses to end."""
@@ -87,9 +92,9 @@ class _Running:
         self._value: Any = None
         self._error: BaseException | None = None
 
-    async def run(self, method: Method, effect: Effect) -> None:
+    async def run(self, work: Callable[[], Awaitable[Any]]) -> None:
         try:
-            self._value = await method(effect)
+            self._value = await work()
         except BaseException as error:  # noqa: BLE001  a domain is foreign code: its failure is an answer
             self._error = error
         self._end()
@@ -110,13 +115,13 @@ class _Running:
         self.deadline = self._exchange.clock.monotonic() + CANCEL_GRACE_S
         self._exchange.deadlines.add(self.deadline, self)
 
-    def answer(self, name: str, what: str) -> Answer:
+    def answer(self, label: str) -> Answer:
         error = self._error
         if self._late and not isinstance(error, Refused):
             detail = f" ({error})" if isinstance(error, TimeoutError) and str(error) else ""
             return Unanswered(
                 "TIMEOUT",
-                f"{what} of domain {name!r} gave no answer within {round(self._allowed, 2):g} s{detail}",
+                f"{label} gave no answer within {round(self._allowed, 2):g} s{detail}",
                 error,
             )
         if error is None:
@@ -124,5 +129,5 @@ class _Running:
         if isinstance(error, Refused):
             return error
         if isinstance(error, asyncio.CancelledError):
-            return Unanswered("CANCELLED", f"{what} of domain {name!r} was cancelled", error)
+            return Unanswered("CANCELLED", f"{label} was cancelled", error)
         return Unanswered(type(error).__name__, describe(error), error)

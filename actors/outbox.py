@@ -6,11 +6,12 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from actors.effect_calls import Answered, EffectCalls, Unanswered
+from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
 from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.records import ack
@@ -25,7 +26,7 @@ from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
-from spine.kernel.tasks import Tasks, cancelling
+from spine.kernel.tasks import Tasks
 from spine.publisher import POST, Event, Publisher
 
 PUBLISH_S = 10.0
@@ -35,6 +36,8 @@ LINES_MOST = 1024
 RELOAD_S = 5.0
 # After so many failed tries a delivery is told as stuck; it is tried on.
 STUCK_ATTEMPTS = 5
+# ... and when it has waited for so long (seconds).
+STUCK_S = 30.0
 
 
 class PendingEvents(ContractRows, Protocol):
@@ -58,7 +61,8 @@ class _Delivery:
     events: list[Event]
     first_try: asyncio.Future[bool]
     cause: Envelope | None
-    stuck: bool = False
+    since: float
+    failed: int = 0
 
 
 @dataclass(slots=True)
@@ -103,7 +107,7 @@ class Outbox:
         self._lines: dict[str, _Line] = {}
         self._queued: set[str] = set()
         self._delivered: set[str] = set()
-        self._gate = asyncio.Semaphore(DELIVERIES)
+        self._gates = {name: asyncio.Semaphore(DELIVERIES) for name in ("", *(f"{POST}{post}" for post in posts))}
 
     def _crashed(self, name: str, error: BaseException) -> None:
         self._exchange.tracer.fault("spine.task.crashed", exc=error, actor="outbox", task=name)
@@ -135,9 +139,9 @@ class Outbox:
         self._queued.update(event.event_id for event in new)
         run_id = new[0].run_id
         if line is not None:
-            line.waiting.append(_Delivery(new, first_try, cause))
+            line.waiting.append(self._delivery(new, first_try, cause))
             return first_try
-        line = self._lines[run_id] = _Line(deque([_Delivery(new, first_try, cause)]))
+        line = self._lines[run_id] = _Line(deque([self._delivery(new, first_try, cause)]))
         try:
             self._tasks.spawn(self._serve(run_id, line, first=first), f"outbox {run_id}")
         except Overloaded:
@@ -146,39 +150,53 @@ class Outbox:
             first_try.set_result(False)
         return first_try
 
-    async def keep(self) -> None:
-        """Deliver what an earlier process left, and what did not fit; until cancelled."""
+    def _delivery(self, events: list[Event], first_try: asyncio.Future[bool], cause: Envelope | None) -> _Delivery:
+        return _Delivery(events, first_try, cause, self._exchange.clock.monotonic())
+
+    def stuck(self) -> int:
+        """How many deliveries wait for longer than ``STUCK_S`` seconds or have failed ``STUCK_ATTEMPTS`` times."""
+        long_ago = self._exchange.clock.monotonic() - STUCK_S
+        waiting = (delivery for line in self._lines.values() for delivery in line.waiting)
+        return sum(delivery.since <= long_ago or delivery.failed >= STUCK_ATTEMPTS for delivery in waiting)
+
+    async def keep(self, tasks: Tasks) -> None:
+        """Look again and again until cancelled, each time in an own task: a look that fails ends alone."""
         clock = self._exchange.clock
         while True:
-            # What is delivered while the journal is read is pending in that reading only.
-            self._delivered.clear()
             try:
-                others = await self._source.living(clock.time_us()) - {self._instance}
-                pending = await self._source.pending_events(QUEUED_MOST)
-            except JournalError as error:
+                await asyncio.wait([tasks.spawn(self._look(), "outbox")])
+            except Overloaded as error:
                 self._exchange.tracer.fault("spine.outbox.unreadable", exc=error)
-                pending = []
-            runs: dict[str, list[Event]] = {}
-            for body in pending:
-                if body["event_id"] not in self._delivered:
-                    runs.setdefault(body["run_id"], []).append(event_of(body))
-            for run_id, events in runs.items():
-                # In order: what somebody else must deliver holds up what comes after it.
-                ours = list(itertools.takewhile(partial(self._takes, others), events))
-                if ours and run_id not in self._lines:
-                    for event in ours:
-                        self.deliver([event], first=True)
             await clock.sleep_until(clock.monotonic() + RELOAD_S)
 
+    async def _look(self) -> None:
+        """Deliver what an earlier process left, and what did not fit."""
+        # What is delivered while the journal is read is pending in that reading only.
+        self._delivered.clear()
+        try:
+            others = await self._source.living(self._exchange.clock.time_us()) - {self._instance}
+            pending = await self._source.pending_events(QUEUED_MOST)
+        except JournalError as error:
+            self._exchange.tracer.fault("spine.outbox.unreadable", exc=error)
+            return
+        runs: dict[str, list[Event]] = {}
+        for body in pending:
+            if body["event_id"] not in self._delivered:
+                runs.setdefault(body["run_id"], []).append(event_of(body))
+        for run_id, events in runs.items():
+            # In order: what somebody else must deliver holds up what comes after it.
+            ours = list(itertools.takewhile(partial(self._takes, others), events))
+            if ours and run_id not in self._lines:
+                for event in ours:
+                    self.deliver([event], first=True)
+
     def _takes(self, others: Container[str], event: Event) -> bool:
-        """Whether this Spine delivers it: no living one will, and it has the domain, or a publisher of its own."""
+        """Whether this Spine delivers it: its own or nobody's, for a domain that it has, or a publisher of its own."""
+        if event.type.startswith(POST) and event.type.removeprefix(POST) not in self._posts:
+            return False
         if event.instance == self._instance:
             return True
-        if event.instance in others:
-            return False
-        if event.type.startswith(POST):
-            return event.type.removeprefix(POST) in self._posts
-        return self._redeliver
+        return event.instance not in others and (self._redeliver or event.type.startswith(POST))
 
     async def _makes_way(self, run_id: str, line: _Line) -> bool:
         """Put before the line what of the run still waits in the journal; ``False`` when others must deliver that."""
@@ -196,7 +214,7 @@ class Outbox:
             return False
         for event in reversed(ahead):
             self._queued.add(event.event_id)
-            line.waiting.appendleft(_Delivery([event], self._exchange.loop.create_future(), None))
+            line.waiting.appendleft(self._delivery([event], self._exchange.loop.create_future(), None))
         return True
 
     async def _serve(self, run_id: str, line: _Line, *, first: bool) -> None:
@@ -217,29 +235,21 @@ class Outbox:
                     delivery.first_try.set_result(False)
 
     async def _deliver(self, delivery: _Delivery) -> None:
-        try:
-            await self._deliver_all(delivery)
-        finally:
-            self._counts["events_stuck"] -= delivery.stuck
-
-    async def _deliver_all(self, delivery: _Delivery) -> None:
-        attempt = 0
         left = list(delivery.events)
         clock = self._exchange.clock
         while left:
-            attempt += 1
-            async with self._gate:
-                error = await self._publish(left[0], attempt)
+            event = left[0]
+            attempt = delivery.failed + 1
+            # A domain that hangs holds up no other, nor the publisher.
+            async with self._gates[event.type if event.type.startswith(POST) else ""]:
+                error = await self._publish(event, attempt)
             if error is None:
                 left.pop(0)
                 continue
+            delivery.failed = attempt
             self._counts["events_failed"] += 1
-            if attempt >= STUCK_ATTEMPTS and not delivery.stuck:
-                delivery.stuck = True
-                self._counts["events_stuck"] += 1
             if not delivery.first_try.done():
                 delivery.first_try.set_result(False)
-            event = left[0]
             self._exchange.tracer.fault(
                 "spine.event.failed", exc=error, event_id=event.event_id, run_id=event.run_id, attempt=attempt
             )
@@ -256,7 +266,7 @@ class Outbox:
                 "run_id": first.run_id,
                 "tenant_id": first.tenant_id,
                 "event_ids": [event.event_id for event in delivery.events],
-                "attempts": attempt,
+                "attempts": delivery.failed + 1,
             },
         )
         # Who is told that its events are published finds that in the journal.
@@ -280,19 +290,21 @@ class Outbox:
 
     async def _publish(self, event: Event, attempt: int) -> BaseException | None:
         if event.type.startswith(POST):
-            return await self._post(event, attempt)
-        await self._failpoint(f"{PUBLISH}.before")
-        try:
-            with self._exchange.deadlines.limit(PUBLISH_S):
-                await self._publisher.publish(event)
-        except BaseException as error:
-            if isinstance(error, asyncio.CancelledError) and cancelling():
-                raise
-            return error
-        await self._failpoint(f"{PUBLISH}.after")
-        return None
+            answer = await self._post(event, attempt)
+        else:
+            # Its own payload: what the publisher changes in it must not reach the next try.
+            told = partial(self._publisher.publish, replace(event, payload=deepcopy(dict(event.payload))))
+            deadline = self._exchange.clock.monotonic() + PUBLISH_S
+            answer = await self._calls.run("the publisher", PUBLISH, told, deadline)
+        match answer:
+            case Answered():
+                return None
+            case Unanswered():
+                return answer.cause or TimeoutError(answer.error)
+            case Refused():
+                return answer
 
-    async def _post(self, event: Event, attempt: int) -> BaseException | None:
+    async def _post(self, event: Event, attempt: int) -> Answer:
         name = event.type.removeprefix(POST)
         domain = self._posts[name]
         effect = Effect(
@@ -303,15 +315,9 @@ class Outbox:
             event.epoch,
             attempt,
             self._exchange.clock.monotonic() + timeout_of(domain),
-            event.payload["descriptor"],
+            deepcopy(event.payload["descriptor"]),
         )
-        match await self._calls.call(name, "post", domain.post, effect):
-            case Answered():
-                return None
-            case Unanswered() as answer:
-                return answer.cause or TimeoutError(answer.error)
-            case Refused() as refusal:
-                return refusal
+        return await self._calls.call(name, "post", domain.post, effect)
 
     def _ack(self, event: Event) -> Record:
         return ack(

@@ -10,7 +10,7 @@ from spine.governance.transactions import CompleteRun, DomainClass, StepState, T
 from spine.kernel.errors import JournalBroken
 
 # Of what kinds the records are that are read here.
-KINDS = ("tx.begun", "tx.step", "tx.aborting")
+KINDS = ("tx.begun", "tx.step", "tx.aborting", "tx.claimed", "tx.retried")
 _FLAGS = ("governance_active", "authority_degraded", "authority_reason", "authority_code")
 
 
@@ -62,6 +62,11 @@ def reload(rows: Iterable[Row], standing: Standing, parts: Sequence[Part], insta
     for body in bodies:
         if body["kind"] == "tx.step":
             _stepped(plan.steps[body["n"]], body)
+        elif body["kind"] in ("tx.claimed", "tx.retried"):
+            # Who claims a transaction finds that somebody ended in the middle of it; a retry counts anew.
+            for step in plan.steps:
+                undoing = step.state is StepState.RB_INTENT and body["kind"] == "tx.claimed"
+                step.tried = step.tried + 1 if undoing else 0
         elif body["kind"] == "tx.aborting":
             named = (step for step in plan.steps if step.name == body["failed_domain"])
             plan.failed = next(named, None) or contract_step(plan)
@@ -107,7 +112,7 @@ def _steps(begun: Mapping[str, Any], parts: Sequence[Part]) -> list[Step]:
 
 
 def _stepped(step: Step, body: Mapping[str, Any]) -> None:
-    step.state = StepState(body["state"])
+    step.state, step.tried = StepState(body["state"]), 0
     step.error, step.code = body["error"], body["code"]
     step.descriptor = body.get("descriptor", step.descriptor)
     step.result = body.get("result", step.result)

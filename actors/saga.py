@@ -20,7 +20,7 @@ from actors.recorder import Recorder
 from actors.records import text
 from actors.transaction_log import TransactionLog
 from actors.verdicts import VERDICT, with_verdict
-from spine.domains import Refused
+from spine.domains import Refused, said_by
 from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
 from spine.governance.transactions import INTERRUPTED, UNDONE_FROM, StepState, TransactionResult, TxState
@@ -151,13 +151,14 @@ class Saga:
         try:
             what = f"domain {step.name!r} returned {type(value).__name__}, which"
             step.result = as_json({} if value is None else value, what)
-        except (TypeError, ValueError) as error:
+        except BaseException as error:  # noqa: BLE001  what a domain returns is foreign code too
             # It happened, but cannot be recorded: nobody could be told of it again.
             fail_with(plan, step, error)
             return
         at = self._clock.time_us()
         done = records.moved(plan, step, "done", at, result=step.result)
-        await self._move(step, "done", [done, records.delivered(plan, step, at)])
+        told = [records.delivered(plan, step, at)] if records.acknowledged_at_once(step) else []
+        await self._move(step, "done", [done, *told])
 
     async def _send(self, step: Step, sent: int) -> Answer:
         """Call the domain until it answers or its attempts are used up."""
@@ -245,7 +246,10 @@ class Saga:
 
     async def _roll_back(self, step: Step) -> tuple[int, str]:
         """Call the domain until it has undone the effect; how often, and empty when it never did."""
-        for attempt in range(1, self._own.retry.attempts + 1):
+        if step.tried >= self._own.retry.attempts:
+            step.code = INTERRUPTED
+            step.error = f"{step.tried} processes ended while domain {step.name!r} was asked to undo it"
+        for attempt in range(step.tried + 1, self._own.retry.attempts + 1):
             if attempt > 1:
                 await self._pause(attempt - 1)
             answer = await self._ask("rollback", step, attempt)
@@ -311,8 +315,8 @@ class Saga:
     async def _end(self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()) -> GuardFailed | None:
         """Have the transaction's last move committed, with the verdict over the run's contract that it brings about."""
         while True:
-            known = await self._own.contracts.contract_rows(self.plan.request.run_id)
-            judged = with_verdict(rows, known, at=self._clock.time_us())
+            self.plan.rows = await self._own.contracts.contract_rows(self.plan.request.run_id)
+            judged = with_verdict(rows, self.plan.rows, at=self._clock.time_us())
             outcome = await self._write([of_tx(move)], judged, writes)
             # Somebody judged the run between the reading and the commit: their verdict is the one to replace.
             if outcome is None or outcome.guard != VERDICT:
@@ -367,5 +371,5 @@ def stood_on(steps: Sequence[Step], standing: Sequence[Step]) -> set[str]:
 
 def _said(answer: Refused | Unanswered) -> tuple[str, str]:
     """What an answer that is no success is recorded as."""
-    code, error = (answer.code, answer.reason) if isinstance(answer, Refused) else (answer.code, answer.error)
+    code, error = said_by(answer) if isinstance(answer, Refused) else (answer.code, answer.error)
     return str(text(code)), str(text(error))

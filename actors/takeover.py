@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from actors.completion import Part, Plan
 from actors.recorder import Recorder
 from actors.reload import KINDS, Row, reload
 from spine.governance.failpoints import CLAIM, Failpoint
-from spine.governance.transactions import DomainClass
+from spine.governance.transactions import DomainClass, TxState
 from spine.governance.units import Committed, Record
-from spine.kernel.errors import SpineError
+from spine.kernel.errors import Overloaded, SpineError
 from spine.kernel.exchange import Exchange
+from spine.kernel.tasks import Tasks
 
 TICK_S = 1.0
 AT_ONCE = 16
@@ -89,52 +90,66 @@ class Takeover:
         self._drive = drive
         # Those that are being gone on with, and those that never will be here.
         self._known: set[str] = set()
+        self._gate = asyncio.Semaphore(AT_ONCE)
         self._unended = unended
 
-    async def keep(self, spawn: Callable[[Coroutine[Any, Any, None], str], object]) -> None:
-        """Look for stranded transactions until cancelled; each is gone on with in a task of its own."""
+    async def keep(self, tasks: Tasks) -> None:
+        """Look for stranded transactions until cancelled, each time in an own task: a look that fails ends alone."""
         clock = self._exchange.clock
-        gate = asyncio.Semaphore(AT_ONCE)
         while True:
             try:
-                found = await self._source.unended()
-                self._unended.clear()
-                self._unended.update(found)
-                if found and self._outside:
-                    for row in await self._source.stranded(clock.time_us(), self._instance):
-                        if not self._driven(row.tx_id) and row.tx_id not in self._known:
-                            spawn(self._resume(row, gate), f"takeover {row.tx_id}")
-                            self._known.add(row.tx_id)
-            except SpineError as error:
-                # No reading, or no room for another task: the next look finds them again.
+                await asyncio.wait([tasks.spawn(self._look(tasks), "takeover")])
+            except Overloaded as error:
                 self._exchange.tracer.fault("spine.takeover.failed", exc=error)
             await clock.sleep_until(clock.monotonic() + TICK_S)
 
-    async def _resume(self, row: Stranded, gate: asyncio.Semaphore) -> None:
+    async def _look(self, tasks: Tasks) -> None:
+        """Go on with each in a task of its own: one whose domain hangs holds up no other."""
+        try:
+            found = await self._source.unended()
+            self._unended.clear()
+            self._unended.update(found)
+            if not found or not self._outside:
+                return
+            for row in await self._source.stranded(self._exchange.clock.time_us(), self._instance):
+                if not self._driven(row.tx_id) and row.tx_id not in self._known:
+                    tasks.spawn(self._resume(row), f"takeover {row.tx_id}")
+                    self._known.add(row.tx_id)
+        except SpineError as error:
+            # No reading, or no room for another task: the next look finds them again.
+            self._exchange.tracer.fault("spine.takeover.failed", exc=error)
+
+    async def _resume(self, row: Stranded) -> None:
         strange = False
         try:
-            async with gate:
-                plan = await self._reloaded(row)
-                strange = self._strange(plan)
-                if strange or not await self._claim(row):
-                    return
-                # Read again: whoever had it could still write until the claim ...
-                claimed = await self._source.transaction_by_id(row.tx_id)
-                assert claimed is not None
-                plan = await self._reloaded(claimed)
-                # ... and whoever finds this process too slow may have claimed it since.
-                if (plan.epoch, claimed.instance) == (row.epoch + 1, self._instance):
-                    await self._drive(plan)
+            async with self._gate:
+                strange = self._strange(await self._reloaded(row))
+                plan = None if strange else await self._claimed(row)
+            if plan is not None:
+                await self._drive(plan)
         finally:
             if not strange:
                 self._known.discard(row.tx_id)
+
+    async def _claimed(self, row: Stranded) -> Plan | None:
+        """The transaction as it stands once it is ours; ``None`` when another process was faster."""
+        if not await self._claim(row):
+            return None
+        # Read again: whoever had it could still write until the claim ...
+        standing = await self._source.transaction_by_id(row.tx_id)
+        assert standing is not None
+        plan = await self._reloaded(standing)
+        # ... and whoever finds this process too slow may have claimed it since.
+        return plan if (plan.epoch, standing.instance) == (row.epoch + 1, self._instance) else None
 
     async def _reloaded(self, row: Stranded) -> Plan:
         return reload(await self._source.run_rows(row.run_id, *KINDS), row, self._parts, self._instance)
 
     def _strange(self, plan: Plan) -> bool:
         """Whether a domain takes part that only another application can ask."""
-        strange = [step.name for step in plan.steps if step.external and step.domain is None]
+        # Who goes on needs every domain; who only undoes, those that can be undone.
+        needed = [step for step in plan.steps if step.external or plan.state is TxState.EXECUTING]
+        strange = [step.name for step in needed if step.domain is None]
         if strange:
             self._exchange.tracer.fault(
                 "spine.transaction.strange",

@@ -133,7 +133,7 @@ def committed(plan: Plan, at: int) -> tuple[list[Record], list[Event], Transacti
     result = result_of(plan, TransactionPhase.COMMITTED)
     events = _events(plan)
     rows = _local_steps(plan, at)
-    rows += [delivered(plan, step, at) for step in plan.steps if step.cls is DomainClass.LOCAL]
+    rows += [delivered(plan, step, at) for step in plan.before_commit() if not acknowledged_at_once(step)]
     rows += [_event(plan, event, at) for event in events]
     rows.append(
         Record(
@@ -252,6 +252,11 @@ def resolved(plan: Plan, at: int, *, evidence: str, reason: str, actor: str) -> 
         "actor": text(actor),
     }
     return [Record("tx.resolved", at, fields), *acks]
+
+
+def acknowledged_at_once(step: Step) -> bool:
+    """Whether what a step did is acknowledged before the commit: only where its undoing would be acknowledged too."""
+    return step.external and RAC_ROLLBACK_AUDIT_ENABLED
 
 
 def delivered(plan: Plan, step: Step, at: int) -> Record:

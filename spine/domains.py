@@ -13,12 +13,15 @@ import orjson
 from spine.effects import External, Post, external_class
 from spine.governance.contract import Expectation
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
+from spine.governance.params import id_problem
 from spine.governance.transactions import DomainClass, TransactionPhase, plan_order
 from spine.governance.units import Write
-from spine.kernel.errors import ConfigurationError, SpineError
+from spine.kernel.errors import ConfigurationError, SpineError, describe
 from spine.kernel.ids import named
 
 DEFAULT_ACTION: Final = "complete_run"
+# What acknowledges for the run itself, and what stands for its contract where a domain would be named.
+RESERVED: Final = ("orchestrator", "contract")
 
 
 class Refused(SpineError):
@@ -32,6 +35,11 @@ class Refused(SpineError):
 
     def __reduce__(self) -> tuple[type[Refused], tuple[str, str]]:
         return (type(self), (self.code, self.reason))
+
+
+def said_by(refusal: Refused) -> tuple[str, str]:
+    """Code and reason of a refusal, even of a subclass of the user's that does not set them."""
+    return str(getattr(refusal, "code", None) or "REFUSED"), str(getattr(refusal, "reason", None) or describe(refusal))
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,8 +335,13 @@ def class_of(domain: object) -> DomainClass:
     """How ``domain`` takes part. Raises ConfigurationError naming it when it cannot."""
     name = getattr(domain, "name", None)
     label = f"domain {name!r}" if isinstance(name, str) else f"domain {domain!r}"
-    if not isinstance(name, str) or not name.strip() or "\x00" in name:
+    if not isinstance(name, str) or not name.strip():
         raise ConfigurationError(f"{label} has no name: give it a non-empty `name`")
+    for field_name, value in (("name", name), ("action", getattr(domain, "action", DEFAULT_ACTION))):
+        if problem := id_problem(field_name, value):
+            raise ConfigurationError(f"{label}: {problem}")
+    if name in RESERVED:
+        raise ConfigurationError(f"{label}: the name is Spine's own; take another one than {', '.join(RESERVED)}")
     after = getattr(domain, "after", None)
     if isinstance(after, str) or not isinstance(after, Iterable) or not all(isinstance(a, str) for a in after):
         raise ConfigurationError(f"{label}: `after` must be a tuple of domain names, () for none; found {after!r}")

@@ -71,6 +71,8 @@ def governed(
         case StartRun():
             return AuthorityDecision.deny(str(error), code)
         case CompleteRun():
-            return TransactionFailed(str(error), TransactionPhase.NOT_STARTED, cause=error, code=code)
+            # Only what was not admitted is known not to have begun.
+            phase = TransactionPhase.NOT_STARTED if isinstance(error, Overloaded) else TransactionPhase.FAILED
+            return TransactionFailed(str(error), phase, cause=error, code=code)
         case _:
             return error

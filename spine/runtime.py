@@ -217,7 +217,7 @@ class Spine(Declarations, Operating, Runs):
     async def ask(self, request: Request[T]) -> T:
         """Send any of Spine's requests through the spine mailbox; the shims' requests are answered the same way."""
         try:
-            return await self._ask(request)
+            return await self._ask(request, timeout_s=getattr(request, "timeout_s", CALL_S))
         except UNANSWERED as error:
             ended = governed(request, error, self._last_known())
             if isinstance(ended, BaseException):

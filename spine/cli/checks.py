@@ -146,6 +146,7 @@ async def _health(url: str) -> dict[str, Any]:
         head = await reader.head()
         state = await reader.governance()
         counts = await reader.counts()
+        oldest = await reader.pending_events(1)
     return {
         "governance": {
             "state": _binding(state, time.time_ns() // 1_000),
@@ -157,4 +158,5 @@ async def _health(url: str) -> dict[str, Any]:
         },
         "head": head.hash.hex(),
         **asdict(counts),
+        "oldest_pending_event_at": oldest[0]["at"] if oldest else None,
     }

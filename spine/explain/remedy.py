@@ -101,7 +101,11 @@ def _after_failure(cause: Cause) -> str:
 def _while_pending(story: Story) -> str:
     flying = [attempt for attempt in story.latest() if attempt.in_flight]
     if flying:
-        return "Wait: the process that holds the transaction finishes it, or the next one that starts."
+        outside = [step.name or "unknown" for _, step in sorted(flying[-1].steps.items()) if step.cls != "LOCAL"]
+        return (
+            "Wait: the process that holds the transaction finishes it, or the next one that declares its domains "
+            f"({', '.join(outside) or 'none outside'})."
+        )
     if story.open_decisions():
         return "Wait for the operation, or start the application again: recovery ends what a dead process left open."
     return "Complete the run: complete_run(run_id, tenant_id=..., run_status=...)."

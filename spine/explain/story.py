@@ -6,20 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from spine.governance.transactions import TX_RECORDS, TxState, tx_move
+
 # The outcome of an operation whose process had been taken for dead.
 LATE = "outcome.late"
-COMMITTED = "COMMITTED"
-PARKED = "PARKED"
-ABORTED_STATES = ("ABORTED", "ABORTED_MANUAL")
+COMMITTED = TxState.COMMITTED.value
+PARKED = TxState.PARKED.value
+ABORTED_STATES = (TxState.ABORTED.value, TxState.ABORTED_MANUAL.value)
 # The state in which the record of a move leaves a transaction.
-_MOVED_TO = {
-    "tx.committed": COMMITTED,
-    "tx.aborting": "COMPENSATING",
-    "tx.aborted": "ABORTED",
-    "tx.parked": PARKED,
-    "tx.retried": "COMPENSATING",
-    "tx.resolved": "ABORTED_MANUAL",
-}
+_MOVED_TO = {kind: tx_move(move).target.value for kind, move in TX_RECORDS.items()}
 
 
 class JournalRow(Protocol):

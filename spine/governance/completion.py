@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import ClassVar, Final, Generic, TypeVar
 
 import orjson
 
@@ -16,11 +16,15 @@ from spine.kernel.messages import Request
 T = TypeVar("T")
 
 MESSAGE_MOST: Final = 65_536
+COMPLETE_S: Final = 120.0
 
 
 @dataclass(slots=True)
 class CompleteRun(Request[TransactionResult]):
-    """Asks the coordinator to complete a run: every domain or none."""
+    """Asks the coordinator to complete a run: every domain or none.
+
+    ``timeout_s`` seconds bound the wait for the answer, not the work: room for domains that hang and are undone.
+    """
 
     run_id: str
     tenant_id: str
@@ -33,6 +37,7 @@ class CompleteRun(Request[TransactionResult]):
     synthetic_scenario_id: str | None = None
     skip_events: bool = False
     completion_key: str = ""
+    timeout_s: ClassVar[float] = COMPLETE_S
 
 
 def completion_problems(request: CompleteRun) -> tuple[str, ...]:

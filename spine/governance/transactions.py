@@ -31,6 +31,7 @@ __all__ = [
     "STEP_MOVES",
     "TRANSACTION_COORDINATOR_ENABLED",
     "TX_MOVES",
+    "TX_RECORDS",
     "UNDONE_FROM",
     "CompleteRun",
     "CompletionConflict",
@@ -73,6 +74,16 @@ class TxState(StrEnum):
     def final(self) -> bool:
         """Whether no move leaves it."""
         return not any(self is move.source for move in TX_MOVES)
+
+    @classmethod
+    def those_in_flight(cls) -> tuple[TxState, ...]:
+        """The states in which somebody drives it."""
+        return tuple(state for state in cls if state.in_flight)
+
+    @classmethod
+    def unended(cls) -> tuple[TxState, ...]:
+        """The states that some move leaves."""
+        return tuple(state for state in cls if not state.final)
 
     @property
     def in_flight(self) -> bool:
@@ -161,6 +172,15 @@ STEP_MOVES: Final = (
 )
 
 
+# The record of each move of a transaction.
+TX_RECORDS: Final = {
+    "tx.committed": "commit",
+    "tx.aborting": "abort",
+    "tx.aborted": "compensated",
+    "tx.parked": "park",
+    "tx.retried": "retry",
+    "tx.resolved": "resolve",
+}
 _TX_BY_NAME: Final = {move.name: move for move in TX_MOVES}
 _STEP_BY_NAME: Final = {move.name: move for move in STEP_MOVES}
 # The code of an abort that no domain caused: the process ended, or the Spine was stopped, before one had answered.

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any, Final
 
 from spine.governance.contract import CONTRACT_KINDS
+from spine.governance.transactions import TxState
 from spine.journal.evidence import MAIN, ROW, Evidence, columns, row_of, run_of
 from spine.journal.lease import alive
 from spine.journal.rows import (
@@ -19,11 +20,13 @@ from spine.journal.rows import (
     RunRow,
     TransactionRow,
 )
+from spine.journal.statements import words
 from spine.kernel.errors import JournalBroken
 
 _LAST_CHARACTER: Final = "\U0010ffff"
 _PAGE: Final = 500
-_IN_FLIGHT: Final = "state IN ('EXECUTING', 'COMPENSATING')"
+_IN_FLIGHT: Final = f"state IN ({words(TxState.those_in_flight())})"
+_UNENDED: Final = f"state IN ({words(TxState.unended())})"
 
 
 class JournalReader(Evidence):
@@ -226,12 +229,7 @@ class JournalReader(Evidence):
 
     async def unended(self) -> dict[str, int]:
         """How many transactions are in which of the states that are not final."""
-        return dict(
-            await self._pairs(
-                "SELECT state, count(*) FROM transactions WHERE state IN ('EXECUTING', 'COMPENSATING', 'PARKED') "
-                "GROUP BY state"
-            )
-        )
+        return dict(await self._pairs(f"SELECT state, count(*) FROM transactions WHERE {_UNENDED} GROUP BY state"))
 
     async def bypassed_denials(self, epoch: int, limit: int = 100) -> tuple[int, list[dict[str, Any]]]:
         """How many decisions of a bypass would have been denials, and the bodies of the first ``limit``."""
@@ -288,8 +286,8 @@ class JournalReader(Evidence):
             runs_parked=states.get("parked", 0),
             decisions_open=decisions,
             transactions=transactions,
-            transactions_in_flight=unended.get("EXECUTING", 0) + unended.get("COMPENSATING", 0),
-            transactions_parked=unended.get("PARKED", 0),
+            transactions_in_flight=sum(unended.get(state, 0) for state in TxState.those_in_flight()),
+            transactions_parked=unended.get(TxState.PARKED, 0),
             events=sum(events.values()),
             events_pending=events.get("pending", 0),
             contracts_pending=contracts.get("PENDING", 0),

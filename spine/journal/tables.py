@@ -23,7 +23,14 @@ from sqlalchemy import (
 from sqlalchemy.sql.schema import SchemaItem
 from sqlalchemy.types import TypeEngine
 
+from spine.governance.transactions import StepState, TxState
+from spine.journal.statements import words
+
 SCHEMA_VERSION: Final = 1
+
+# What the partial indexes hold.
+_UNENDED: Final = f"state IN ({words(TxState.unended())})"
+_PARKED: Final = f"state = '{StepState.PARKED}'"
 
 metadata = MetaData()
 
@@ -189,8 +196,8 @@ transactions = _small(
     Index(
         "transactions_unended",
         "state",
-        sqlite_where=text("state IN ('EXECUTING', 'COMPENSATING', 'PARKED')"),
-        postgresql_where=text("state IN ('EXECUTING', 'COMPENSATING', 'PARKED')"),
+        sqlite_where=text(_UNENDED),
+        postgresql_where=text(_UNENDED),
     ),
 )
 
@@ -208,8 +215,8 @@ steps = _small(
     Index(
         "steps_parked",
         "domain",
-        sqlite_where=text("state = 'PARKED'"),
-        postgresql_where=text("state = 'PARKED'"),
+        sqlite_where=text(_PARKED),
+        postgresql_where=text(_PARKED),
     ),
 )
 

@@ -8,6 +8,7 @@ from typing import Final
 from spine.governance.transactions import (
     STEP_MOVES,
     TX_MOVES,
+    TX_RECORDS,
     DomainClass,
     StepState,
     TxMove,
@@ -23,15 +24,6 @@ GUARD_TRANSACTION_STATE: Final = "transaction state"
 GUARD_RUN_KNOWN: Final = "run known"
 GUARD_STEP: Final = "step"
 
-# The record of each move of a transaction.
-TX_RECORDS: Final = {
-    "tx.committed": "commit",
-    "tx.aborting": "abort",
-    "tx.aborted": "compensated",
-    "tx.parked": "park",
-    "tx.retried": "retry",
-    "tx.resolved": "resolve",
-}
 INSERT_TRANSACTION: Final = insert(
     "transactions",
     3,
@@ -46,7 +38,7 @@ CLAIM_TRANSACTION: Final = update(
     23,
     GUARD_TRANSACTION_STATE,
     "epoch = ?, instance = ?",
-    f"tx_id = ? AND epoch = ? AND state IN ({words(state for state in TxState if state.in_flight)})",
+    f"tx_id = ? AND epoch = ? AND state IN ({words(TxState.those_in_flight())})",
     key=(2,),
 )
 MOVE_STEP: Final = {

@@ -184,7 +184,7 @@ def _transactions() -> None:
         sa.UniqueConstraint("run_id", "completion_key", "attempt", name="transactions_attempt"),
         **SMALL,
     )
-    _index("transactions_unended", "transactions", ["state"], "state IN ('EXECUTING', 'COMPENSATING', 'PARKED')")
+    _index("transactions_unended", "transactions", ["state"], "state IN ('COMPENSATING', 'EXECUTING', 'PARKED')")
     op.create_table(
         "steps",
         _text("tx_id", key=True),
