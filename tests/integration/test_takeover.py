@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import pytest
 
-from spine import TransactionFailed
+from spine import Spine, TransactionFailed
 from spine.kernel.clock import VirtualClock
 from tests.governed import Published, intact, journal, query, running, together, until
 from tests.participants import (
@@ -154,11 +154,8 @@ async def test_what_a_killed_process_left_is_gone_on_with(
                 assert (await spine.why("run-1")).verdict == "rolled_back"
     # What was done is not done again, what was under way is, under the new epoch.
     assert [(str(call), call.effect.epoch) for call in world.calls] == [(stands_at, 2)]
-    intended = {
-        body["effect_id"]: body["descriptor"]
-        for body in journal(database_url, "tx.step")
-        if body.get("move") == "intend"
-    }
+    intents = [body for body in journal(database_url, "tx.step") if body.get("move") == "intend"]
+    intended = {body["effect_id"]: body["descriptor"] for body in intents}
     assert [call.effect.descriptor for call in world.calls] == [intended[call.effect.id] for call in world.calls]
     assert world.standing() == (["pay", "ship"] if end == "COMMITTED" else [])
     assert moves(database_url)[before] == "claimed"
@@ -239,12 +236,14 @@ GOOD += ["step.done.after", "tx.commit.before"]
 BACK = ["step.refused.before", "tx.abort.before", "tx.abort.after", "step.undo.before", "call.rollback.before"]
 BACK += ["call.rollback.after", "step.undone.before", "tx.compensated.before"]
 STUCK = ["step.park.before", "tx.park.before"]
+ENDED = ["step.intend.after", "call.forward.before", "step.done.before", "tx.commit.before"]
+ENDED += ["tx.abort.before", "call.rollback.before", "step.undone.before", "tx.compensated.before", "tx.park.before"]
 
 
 @pytest.mark.parametrize(
     ("kind", "moment"),
     [
-        *(("sqlite", moment) for moment in [*GOOD, *BACK, *STUCK]),
+        *(("sqlite", moment) for moment in ENDED),
         *(
             pytest.param("postgresql", moment, marks=pytest.mark.postgresql)
             for moment in ("step.done.before", "tx.abort.before")
@@ -297,6 +296,43 @@ async def test_who_lost_its_transaction_changes_nothing_and_is_told_its_real_end
     (told,) = epochs(url).values()
     assert told == sorted(told) and set(told) == {1, 2}
     intact(url)
+
+
+@pytest.mark.parametrize("moment", [*GOOD, *BACK, *STUCK])
+async def test_a_claim_alone_shuts_the_one_before_out(sqlite_url: str, world: World, moment: str) -> None:
+    """The claimant has done nothing yet but claim: already no move of the other one is recorded, be it legal or not."""
+    no = refuses() if moment in [*BACK, *STUCK] else well
+    stuck = raises(OSError("the bank is closed")) if moment in STUCK else well
+    pause, claimed, clock = Pause(moment), Pause("tx.claim.after"), late()
+    old = over(sqlite_url, *pair(world, no, undo=stuck), failpoint=pause, clock=clock)
+    new = over(sqlite_url, *pair(world, no), failpoint=claimed)
+    with anyio.fail_after(30):
+        async with running(old), flowing(clock):
+            caller = asyncio.ensure_future(ended(old))
+            await pause.reached.wait()
+            async with running(new):
+                await claimed.reached.wait()
+                before = journal(sqlite_url)
+                pause.let_go.set()
+                # It finds out with its next move, and then waits for the end like everybody.
+                attempts = old._system.supervisor._children["coordinator"].actor._attempts  # type: ignore[union-attr]
+                await until(lambda: not attempts._sagas)
+                assert journal(sqlite_url) == before
+                claimed.let_go.set()
+                assert await caller == ("COMMITTED" if moment in GOOD else "ROLLED_BACK")
+    assert len(transactions(sqlite_url)) == 1
+    assert world.standing() == (["pay", "ship"] if moment in GOOD else [])
+    (told,) = epochs(sqlite_url).values()
+    assert told == sorted(told)
+    intact(sqlite_url)
+
+
+async def ended(spine: Spine) -> str:
+    """How the completion ended for its caller."""
+    try:
+        return "COMMITTED" if (await complete(spine)).is_complete else "?"
+    except TransactionFailed as error:
+        return error.phase
 
 
 async def test_a_call_under_an_old_epoch_is_refused_by_its_number(sqlite_url: str, world: World) -> None:
@@ -395,8 +431,12 @@ async def test_whose_transactions_are_stolen_all_the_time_still_ends_each_once(s
     """One Spine is always taken for dead; twenty of its completions, a third of them refused, are each ended once."""
 
     async def by_run(do: Any) -> Any:
-        number = int(world.calls[-1].effect.run_id)
-        await asyncio.sleep(0.015 * (number % 5))
+        effect = world.calls[-1].effect
+        number = int(effect.run_id)
+        if number % 4 == 1 and effect.epoch == 1:
+            await until(
+                lambda: query(sqlite_url, "SELECT epoch FROM transactions WHERE tx_id = ?", effect.tx_id) > [(1,)]
+            )
         if number % 3 == 0:
             return await refuses()(do)
         return do()
@@ -419,7 +459,7 @@ async def test_whose_transactions_are_stolen_all_the_time_still_ends_each_once(s
     assert len(query(sqlite_url, "SELECT 1 FROM transactions")) == 20
     assert states == {str(n): "COMMITTED" if n % 3 else "ABORTED" for n in range(20)}
     assert world.standing() == sorted(["pay", "ship"] * len([n for n in range(20) if n % 3]))
-    assert journal(sqlite_url, "tx.claimed")
+    assert len(journal(sqlite_url, "tx.claimed")) >= 5
     for told in epochs(sqlite_url).values():
         assert told == sorted(told)
     intact(sqlite_url)
