@@ -65,3 +65,11 @@ def alive(until_us: int | None, process: str | None, now_us: int) -> bool:
         return False
     known = lives(process)
     return until_us >= now_us if known is None else known
+
+
+def holds(until_us: int | None, process: str | None, now_us: int) -> bool:
+    """Whether the holder of a lease may still go on with what a fencing token keeps anybody else from.
+
+    Being held up for longer than the lease loses it: what was taken over meanwhile is fenced.
+    """
+    return bool(until_us) and (until_us or 0) >= now_us and lives(process) is not False

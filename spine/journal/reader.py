@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Final
 
 from spine.governance.contract import CONTRACT_KINDS
 from spine.governance.transactions import TxState
 from spine.journal.evidence import MAIN, ROW, Evidence, columns, row_of, run_of
-from spine.journal.lease import alive
+from spine.journal.lease import alive, holds
 from spine.journal.rows import (
     Counts,
     DueContract,
@@ -150,7 +151,7 @@ class JournalReader(Evidence):
         Dead is who gave its lease back, or runs no more; of other machines that is not known, and who held no lease at
         that time (unix microseconds) counts as dead.
         """
-        dead = await self._dead("open_decisions", "1 = 1", instances_dead_before_us)
+        dead = await self._without("open_decisions", "1 = 1", instances_dead_before_us, alive)
         columns = ", ".join(field.name for field in fields(OpenDecision))
         found: list[OpenDecision] = []
         for instance in dead:
@@ -158,13 +159,15 @@ class JournalReader(Evidence):
             found += [OpenDecision(*values) for values in rows]
         return sorted(found, key=lambda decision: decision.seq)
 
-    async def _dead(self, table: str, where: str, before_us: int) -> list[str]:
-        """The owners of rows of ``table`` that live no more."""
+    async def _without(
+        self, table: str, where: str, now_us: int, lease: Callable[[int | None, str | None, int], bool]
+    ) -> list[str]:
+        """The owners of rows of ``table`` without a ``lease``."""
         owners = await self._scan(
             f"SELECT d.instance, i.lease_until_at, i.process FROM (SELECT DISTINCT instance FROM {table} "
             f"WHERE {where}) d LEFT JOIN instances i ON i.instance = d.instance"
         )
-        return [instance for instance, until, process in owners if not alive(until, process, before_us)]
+        return [instance for instance, until, process in owners if not lease(until, process, now_us)]
 
     async def living(self, now_us: int) -> set[str]:
         """The instances that live at that time (unix microseconds; see ``open_decisions``)."""
@@ -191,8 +194,8 @@ class JournalReader(Evidence):
         return TransactionRow(*found[0]) if found else None
 
     async def stranded(self, instances_dead_before_us: int, own: str) -> list[TransactionRow]:
-        """The transactions in flight whose process is dead (see ``open_decisions``) or is ``own``, oldest first."""
-        dead = await self._dead("transactions", _IN_FLIGHT, instances_dead_before_us)
+        """The transactions in flight whose process holds no lease any more, or is ``own``, oldest first."""
+        dead = await self._without("transactions", _IN_FLIGHT, instances_dead_before_us, holds)
         found: list[TransactionRow] = []
         for instance in {*dead, own}:
             rows = await self._scan(
