@@ -220,7 +220,7 @@ def hurry() -> None:
     """Look for what is left more often than an application needs to."""
     takeover.TICK_S = 0.05
     outbox.RELOAD_S = 0.1
-    outbox.PUBLISH_S = 0.1
+    outbox.PUBLISH_S = 1.0
     coordinator.STOP_S = 0.05
 
 
