@@ -194,8 +194,9 @@ def _parked(record: Record, tx: str, begun: Mapping[str, Any]) -> None:
     run = begun["run_id"]
     waiting = record.query("SELECT error FROM steps WHERE tx_id = ? AND state = 'PARKED'", tx)
     assert waiting, f"{tx}: parked, and no domain says why"
-    # On a busy machine a rollback may take too long for its deadline, time after time.
-    late = any("gave no answer" in error for (error,) in waiting)
+    # On a busy machine a rollback may take too long for its deadline, time after time; and one in whose middle
+    # process after process is killed is an operator's.
+    late = any("gave no answer" in error or "processes ended" in error for (error,) in waiting)
     assert late or kind_of(run) in PARKS, f"{tx}: {run} is parked"
     (state,) = record.query("SELECT state FROM runs WHERE run_id = ?", run)[0]
     assert state == "parked", f"{tx}: parked, and its run is {state}"
