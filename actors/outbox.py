@@ -174,8 +174,9 @@ class Outbox:
         # What is delivered while the journal is read is pending in that reading only.
         self._delivered.clear()
         try:
-            others = await self._source.living(self._exchange.clock.time_us()) - {self._instance}
+            # In this order: whoever has committed an event holds a lease since before.
             pending = await self._source.pending_events(QUEUED_MOST)
+            others = await self._source.living(self._exchange.clock.time_us()) - {self._instance}
         except JournalError as error:
             self._exchange.tracer.fault("spine.outbox.unreadable", exc=error)
             return

@@ -265,6 +265,12 @@ class Connection:
     def in_transaction(self) -> bool:
         return bool(self.apsw.in_transaction)
 
+    def set_progress_handler(self, handler: Any, steps: int) -> None:
+        self.apsw.set_progress_handler(handler, steps)
+
+    def interrupt(self) -> None:
+        self.apsw.interrupt()
+
     def cursor(self) -> Cursor:
         return Cursor(self.apsw)
 

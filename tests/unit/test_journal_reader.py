@@ -296,7 +296,7 @@ async def test_a_row_hidden_from_its_run_by_its_columns_is_seen(journal_url: str
 async def test_evidence_of_a_long_run_is_looked_at_part_by_part(
     journal_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spine.journal.reader._RANGE", 7)
+    monkeypatch.setattr("spine.journal.evidence._RANGE", 7)
     name = 'odd "%_\\ \u00fc'
     units = [Unit(f"u{n}", [decided(f"d{n}", name if n % 5 == 0 else None)]) for n in range(51)]
     assert all_committed(await write(journal_url, units))
