@@ -70,7 +70,7 @@ class Reading:
     def __init__(self, url: str) -> None:
         self._target = parse_url(url)
         self._lookups = _Lookups(self._target)
-        self._scans = Scans(self._target)
+        self._scans = Scans(self._target, self._lookups.open)
 
     async def open(self) -> None:
         """Connect and check the schema's version; reading does it when it was not done before.

@@ -50,6 +50,8 @@ class ReadOnly:
         """Connect and check the schema's version. Raises JournalUnavailable or SchemaMismatch."""
         try:
             self._connect()
+            if self._file is not None:
+                self._file.check()
         except JournalError:
             raise
         except Exception as error:

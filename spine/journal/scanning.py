@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 from urllib.parse import parse_qsl
 from weakref import WeakSet
@@ -22,6 +23,8 @@ from spine.journal.engine import (
     read_only_uri,
     unavailable,
 )
+from spine.journal.faults import StorageError
+from spine.journal.files import NamedFile
 from spine.journal.processes import closed, opened
 
 _CLOSE_S: Final = 2.0
@@ -31,9 +34,11 @@ _READ_S: Final = 10.0
 class Scans:
     """Reads what may be long, beside the short lookups, on SQLAlchemy's asynchronous engine; raises JournalError."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, checked: Callable[[], Awaitable[None]]) -> None:
         self._target = target
+        self._checked = checked
         self._engine: AsyncEngine | None = None
+        self._file: NamedFile | None = None
         self._opening = asyncio.Lock()
         self._reading: set[asyncio.Task[list[Any]]] = set()
         self._connections: WeakSet[Any] = WeakSet()
@@ -45,11 +50,26 @@ class Scans:
                 if self._target.path is not None:
                     opened(self._target.path)
                 try:
+                    named = None
+                    if self._target.path is not None:
+                        # Who looks up knows which file it is: no connection may be opened to another one.
+                        await self._checked()
+                        named = NamedFile(self._target.path)
                     self._engine = await self._connect()
+                    self._file = self._file or named
                 except BaseException:
                     self._closed()
                     raise
             return self._engine
+
+    def _check_file(self) -> None:
+        """An answer must not come out of a file that has lost its name."""
+        if self._file is None:
+            return
+        try:
+            self._file.check()
+        except StorageError as error:
+            raise unavailable(self._target, error) from error
 
     def _closed(self) -> None:
         if self._target.path is not None:
@@ -116,6 +136,7 @@ class Scans:
             raise unavailable(self._target, error) from error
 
     async def _read(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
+        self._check_file()
         engine = self._engine or await self._open()
         try:
             with anyio.fail_after(_READ_S):
