@@ -26,6 +26,7 @@ from spine.journal.engine import (
 from spine.journal.faults import StorageError
 from spine.journal.files import NamedFile
 from spine.journal.processes import closed, opened
+from spine.kernel.errors import JournalUnavailable
 
 _CLOSE_S: Final = 2.0
 _READ_S: Final = 10.0
@@ -141,6 +142,12 @@ class Scans:
         try:
             with anyio.fail_after(_READ_S):
                 async with engine.connect() as connection:
+                    try:
+                        self._check_file()
+                    except JournalUnavailable:
+                        # It may have been opened to the other file.
+                        await connection.invalidate()
+                        raise
                     result = await connection.exec_driver_sql(sql.replace("?", self._placeholder), params or None)
                     return list(result.all())
         except TimeoutError as error:
