@@ -13,10 +13,10 @@ from pathlib import Path
 
 
 def arguments(*extra: str) -> argparse.Namespace:
-    """``--seconds``, ``--dir`` and the side's own options, each taking one text value."""
+    """``--seconds``, ``--dir`` (where databases are made, never here by default), and the side's own text options."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--dir", type=Path, default=Path())
+    parser.add_argument("--dir", type=Path, required=True)
     for name in extra:
         parser.add_argument(name, default="")
     return parser.parse_args()
