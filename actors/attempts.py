@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Protocol, assert_never
+from typing import Protocol, assert_never
 
 from actors import completion, endings
 from actors import transaction_records as records
 from actors.completion import Part, Plan
-from actors.conduct import UNWRITABLE
 from actors.dependencies import Dependencies
-from actors.endings import TransactionRow
 from actors.outbox import Outbox
-from actors.reconciler import ContractRows
 from actors.records import flat_text
 from actors.refusals import Refusals
+from actors.rows import ContractRows, RunRows, TransactionRow
 from actors.saga import Driving, Lost, Saga
 from actors.starts import implicit_start
 from actors.verdicts import with_verdict
@@ -42,22 +40,11 @@ FIRST_DELIVERY_S = 1.0
 POLL_S = 0.05
 
 
-class Row(Protocol):
-    """A journal row."""
-
-    @property
-    def body(self) -> Mapping[str, Any]: ...
-
-
-class Source(ContractRows, Protocol):
+class Source(ContractRows, RunRows, Protocol):
     """The journal as attempts read it."""
 
     async def transaction(self, run_id: str, completion_key: str) -> TransactionRow | None:
         """The latest attempt under this key."""
-        ...
-
-    async def run_rows(self, run_id: str, *kinds: str) -> Sequence[Row]:
-        """The rows of the run in order; of these kinds if some are named."""
         ...
 
     async def operation_counts(self, run_id: str, tenant_id: str) -> tuple[int, int, int]:
@@ -253,7 +240,7 @@ class Attempts:
         if plan.failed is None:
             rows, events, result = records.committed(plan, plan.at)
             outcome = await self._commit(envelope, plan, ["commit"], rows)
-            if isinstance(outcome, GuardFailed) and outcome.guard.startswith("write "):
+            if isinstance(outcome, GuardFailed) and outcome.of_write:
                 plan.state = TxState.EXECUTING
                 completion.guard_failed(plan, outcome.guard, outcome.found, outcome.required)
             elif not await self._settled(plan.request, outcome):
@@ -301,7 +288,7 @@ class Attempts:
             case StaleEpoch():
                 await self._deps.switch.refresh()
                 return False
-            case GuardFailed() if outcome.guard.startswith(UNWRITABLE):
+            case GuardFailed() if outcome.of_record:
                 raise endings.unavailable(request, f"the record cannot be written: {outcome.guard}")
             case GuardFailed():
                 return False

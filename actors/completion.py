@@ -24,7 +24,7 @@ from spine.governance.transactions import (
     TxState,
     move_step,
 )
-from spine.governance.units import Record, Write
+from spine.governance.units import WRITE_GUARD, Record, Write
 from spine.kernel.errors import ConfigurationError, SpineError, describe
 from spine.kernel.ids import named
 
@@ -268,7 +268,7 @@ def _ask(step: Step, facts: RunFacts) -> None:
 
 def guard_failed(plan: Plan, guard: str, found: int, required: int) -> None:
     """A user's write did not change what it must: fail the domain it belongs to."""
-    number = int(guard.removeprefix("write ").partition(":")[0])
+    number = int(guard.removeprefix(WRITE_GUARD).partition(":")[0])
     for step in plan.steps:
         if number < len(step.writes):
             counted = guard.endswith(step.writes[number].sql)

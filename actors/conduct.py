@@ -18,7 +18,6 @@ from spine.kernel.messages import Lane
 
 REGISTRY = "registry"
 # How the journal names a record that no second try will get written.
-UNWRITABLE = "record:"
 NOT_RECORDED = "its decision was not recorded: "
 
 
@@ -142,7 +141,7 @@ class Conduct:
                     return True
                 case StaleEpoch():
                     await deps.switch.refresh()
-                case GuardFailed() if outcome.guard.startswith(UNWRITABLE):
+                case GuardFailed() if outcome.of_record:
                     return self._unavailable(call, f"{NOT_RECORDED}the record cannot be written: {outcome.guard}")
                 case GuardFailed():
                     if call.key is not None:
@@ -243,7 +242,7 @@ class Conduct:
         match outcome:
             case StorageFailed():
                 why = f"{outcome.told('its outcome')}; it is recorded when the journal takes writes again"
-            case GuardFailed() if not outcome.guard.startswith(UNWRITABLE):
+            case GuardFailed() if not outcome.of_record:
                 why = (
                     "another process, which took this one for dead, had closed its decision as INTERRUPTED: how it "
                     "ended is recorded as outcome.late"

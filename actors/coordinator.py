@@ -21,7 +21,7 @@ from actors.outbox import Outbox
 from actors.parking import Parking
 from actors.recorder import Recorder
 from actors.reports import Reports
-from actors.saga import Driving, Retrying
+from actors.saga import Driving
 from actors.takeover import Takeover
 from actors.transaction_log import TransactionLog
 from spine.domains import Participant, class_of
@@ -35,6 +35,7 @@ from spine.kernel.actor import Actor
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
 from spine.publisher import Publisher
+from spine.settings import Retry
 
 NAME = "coordinator"
 STOP_S = 3.0
@@ -67,7 +68,7 @@ class Completions:
     publisher: Publisher
     recorder: Recorder
     redeliver: bool
-    retry: Retrying
+    retry: Retry
     failpoint: Failpoint
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
     unended: dict[str, int] = field(default_factory=dict)

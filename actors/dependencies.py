@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from actors.calls import Call
 from actors.recall import KeySource, Recall
-from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.recovery import OpenDecisions, Recovery
+from actors.rows import ContractRows
 from actors.runs import KnownRuns, RunSource
 from actors.switch import GovernanceSource, Switch
 from spine.governance.authority import Rule, Verdict

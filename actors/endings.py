@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from actors.completion import Plan
+from actors.rows import TransactionRow
 from spine.governance.transactions import (
     CompleteRun,
     CompletionConflict,
@@ -16,21 +17,6 @@ from spine.governance.transactions import (
     TxState,
 )
 from spine.publisher import POST
-
-
-class TransactionRow(Protocol):
-    """An attempt to complete a run."""
-
-    @property
-    def tx_id(self) -> str: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def attempt(self) -> int: ...
-    @property
-    def state(self) -> str: ...
-    @property
-    def seq_ended(self) -> int | None: ...
 
 
 def stored(result: TransactionResult, tx_id: str, rows: Sequence[Mapping[str, Any]]) -> TransactionResult:

@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any, Protocol
 
 from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
-from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.records import ack
-from actors.reload import Row
-from actors.verdicts import VERDICT, with_verdict
+from actors.rows import ContractRows, RunRows
+from actors.verdicts import with_verdict
 from spine.domains import Refused
 from spine.effects import Effect, Post, timeout_of
 from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint
@@ -40,7 +39,7 @@ STUCK_ATTEMPTS = 5
 STUCK_S = 30.0
 
 
-class PendingEvents(ContractRows, Protocol):
+class PendingEvents(ContractRows, RunRows, Protocol):
     """Where undelivered events are found."""
 
     async def living(self, now_us: int) -> set[str]:
@@ -49,10 +48,6 @@ class PendingEvents(ContractRows, Protocol):
 
     async def pending_events(self, limit: int) -> Sequence[Mapping[str, Any]]:
         """The bodies of the oldest undelivered events, in order."""
-        ...
-
-    async def run_rows(self, run_id: str, *kinds: str) -> Sequence[Row]:
-        """The rows of the run in order; of these kinds if some are named."""
         ...
 
 
@@ -286,7 +281,7 @@ class Outbox:
             if len(rows) > 1:
                 judged = with_verdict(rows, await self._source.contract_rows(run_id), at=rows[0].at)
             outcome = await self._recorder.commit(judged, run_id=run_id, parent=delivery.cause)
-            if not (isinstance(outcome, GuardFailed) and outcome.guard == VERDICT):
+            if not (isinstance(outcome, GuardFailed) and outcome.of_verdict):
                 return outcome
 
     async def _publish(self, event: Event, attempt: int) -> BaseException | None:

@@ -7,11 +7,10 @@ from typing import Any, Protocol
 
 from actors import transaction_records as records
 from actors.completion import Part, Plan
-from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.records import text
 from actors.reload import KINDS, reload
-from actors.takeover import StrandedSource
+from actors.rows import ContractRows, Transactions
 from actors.verdicts import with_verdict
 from spine.governance.failpoints import Failpoint, of_tx
 from spine.governance.parking import ResolveTransaction, RetryTransaction, validate
@@ -22,7 +21,7 @@ from spine.kernel.exchange import Exchange
 from spine.kernel.messages import Envelope
 
 
-class Source(StrandedSource, ContractRows, Protocol):
+class Source(Transactions, ContractRows, Protocol):
     """The journal as parking reads it."""
 
 

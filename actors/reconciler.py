@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from actors.recorder import Recorder
+from actors.rows import ContractRows
 from actors.verdicts import judge
 from spine.explain.contract import read_contract
-from spine.explain.story import JournalRow
 from spine.governance.contract import ContractError, ReconcileRun, Reconciliation
 from spine.governance.params import id_problem
 from spine.governance.units import Committed, GuardFailed
@@ -33,14 +33,6 @@ class DueContract(Protocol):
 
     @property
     def due_at(self) -> int: ...
-
-
-class ContractRows(Protocol):
-    """Where the rows of one contract are read."""
-
-    async def contract_rows(self, run_id: str) -> Sequence[JournalRow]:
-        """The run's rows that tell of its contract, in order."""
-        ...
 
 
 class Contracts(ContractRows, Protocol):

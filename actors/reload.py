@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from actors.completion import Part, Plan, Step, contract_step
+from actors.rows import TransactionRow
+from spine.explain.story import JournalRow
 from spine.governance.transactions import CompleteRun, DomainClass, StepState, TxState
 from spine.kernel.errors import JournalBroken
 
@@ -14,31 +16,7 @@ KINDS = ("tx.begun", "tx.step", "tx.aborting", "tx.claimed", "tx.retried")
 _FLAGS = ("governance_active", "authority_degraded", "authority_reason", "authority_code")
 
 
-class Row(Protocol):
-    """A journal row."""
-
-    @property
-    def body(self) -> Mapping[str, Any]: ...
-
-
-class Standing(Protocol):
-    """Where the transaction's projection says it stands."""
-
-    @property
-    def tx_id(self) -> str: ...
-    @property
-    def state(self) -> str: ...
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def attempt(self) -> int: ...
-    @property
-    def previous(self) -> str | None: ...
-    @property
-    def digest(self) -> str: ...
-
-
-def reload(rows: Iterable[Row], standing: Standing, parts: Sequence[Part], instance: str) -> Plan:
+def reload(rows: Iterable[JournalRow], standing: TransactionRow, parts: Sequence[Part], instance: str) -> Plan:
     """The plan as the run's ``rows`` leave it. Raises JournalBroken when they do not tell of the transaction."""
     bodies = [row.body for row in rows if row.body.get("tx_id") == standing.tx_id]
     begun = next((body for body in bodies if body["kind"] == "tx.begun"), None)

@@ -10,7 +10,6 @@ from uuid import UUID
 
 import orjson
 
-from actors.conduct import UNWRITABLE
 from actors.dependencies import Dependencies
 from actors.recorder import Recorder
 from actors.records import ack, text
@@ -128,7 +127,7 @@ class Reports:
             outcome = await self._recorder.commit(records, run_id=run_id, parent=envelope)
             if isinstance(outcome, Committed):
                 return
-            if not isinstance(outcome, GuardFailed) or outcome.guard.startswith(UNWRITABLE):
+            if not isinstance(outcome, GuardFailed) or outcome.of_record:
                 raise JournalUnavailable(f"{_what(request)} was not recorded: {outcome}; report it again")
             # Somebody judged the run meanwhile: with this report the verdict may be another one again.
         raise DeadlineExceeded(f"{_what(request)} was not recorded before its deadline: report again")

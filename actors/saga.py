@@ -10,16 +10,15 @@ import asyncio
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Protocol
 
 from actors import transaction_records as records
 from actors.completion import Plan, Step, as_json, check_contract, described, fail, fail_with, guard_failed, prepare
 from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
-from actors.reconciler import ContractRows
 from actors.recorder import Recorder
 from actors.records import text
+from actors.rows import ContractRows
 from actors.transaction_log import TransactionLog
-from actors.verdicts import VERDICT, with_verdict
+from actors.verdicts import with_verdict
 from spine.domains import Refused, said_by
 from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
@@ -32,19 +31,7 @@ from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
 from spine.kernel.tasks import cancelling
 from spine.publisher import Event
-
-_WRITES = "write "
-
-
-class Retrying(Protocol):
-    """How calls are repeated."""
-
-    @property
-    def attempts(self) -> int: ...
-    @property
-    def first_s(self) -> float: ...
-    @property
-    def most_s(self) -> float: ...
+from spine.settings import Retry
 
 
 class Lost(SpineError):
@@ -60,7 +47,7 @@ class Driving:
     recorder: Recorder
     calls: EffectCalls
     failpoint: Failpoint
-    retry: Retrying
+    retry: Retry
     counts: dict[str, int]
     log: TransactionLog
     contracts: ContractRows
@@ -319,7 +306,7 @@ class Saga:
             judged = with_verdict(rows, self.plan.rows, at=self._clock.time_us())
             outcome = await self._write([of_tx(move)], judged, writes)
             # Somebody judged the run between the reading and the commit: their verdict is the one to replace.
-            if outcome is None or outcome.guard != VERDICT:
+            if outcome is None or not outcome.of_verdict:
                 return outcome
 
     async def _write(
@@ -328,7 +315,7 @@ class Saga:
         """Have moves committed; gives back what may be mended. Raises ``Lost`` when it is not ours any more."""
         await self._pass(moments, "before")
         outcome = await self._commit(rows, writes=writes)
-        if isinstance(outcome, GuardFailed) and (outcome.guard.startswith(_WRITES) or outcome.guard == VERDICT):
+        if isinstance(outcome, GuardFailed) and (outcome.of_write or outcome.of_verdict):
             return outcome
         if not isinstance(outcome, Committed):
             raise Lost(f"transaction {self.plan.tx_id}: {moments[-1]} was not recorded: {outcome}")

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from actors.completion import Part, Plan
 from actors.recorder import Recorder
-from actors.reload import KINDS, Row, reload
+from actors.reload import KINDS, reload
+from actors.rows import TransactionRow, Transactions
 from spine.governance.failpoints import CLAIM, Failpoint
 from spine.governance.transactions import DomainClass, TxState
 from spine.governance.units import Committed, Record
@@ -20,42 +21,11 @@ TICK_S = 1.0
 AT_ONCE = 16
 
 
-class Stranded(Protocol):
-    """A transaction in flight that nobody drives."""
+class StrandedSource(Transactions, Protocol):
+    """Where the transactions that nobody drives are found."""
 
-    @property
-    def tx_id(self) -> str: ...
-    @property
-    def run_id(self) -> str: ...
-    @property
-    def tenant_id(self) -> str: ...
-    @property
-    def state(self) -> str: ...
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def attempt(self) -> int: ...
-    @property
-    def previous(self) -> str | None: ...
-    @property
-    def digest(self) -> str: ...
-    @property
-    def instance(self) -> str: ...
-
-
-class StrandedSource(Protocol):
-    """Where they are found."""
-
-    async def stranded(self, instances_dead_before_us: int, own: str) -> Sequence[Stranded]:
+    async def stranded(self, instances_dead_before_us: int, own: str) -> Sequence[TransactionRow]:
         """The transactions in flight whose process is dead or is ``own``."""
-        ...
-
-    async def transaction_by_id(self, tx_id: str) -> Stranded | None:
-        """The attempt with this id."""
-        ...
-
-    async def run_rows(self, run_id: str, *kinds: str) -> Sequence[Row]:
-        """The rows of the run in order; of these kinds if some are named."""
         ...
 
     async def unended(self) -> Mapping[str, int]:
@@ -119,7 +89,7 @@ class Takeover:
             # No reading, or no room for another task: the next look finds them again.
             self._exchange.tracer.fault("spine.takeover.failed", exc=error)
 
-    async def _resume(self, row: Stranded) -> None:
+    async def _resume(self, row: TransactionRow) -> None:
         strange = False
         try:
             async with self._gate:
@@ -131,7 +101,7 @@ class Takeover:
             if not strange:
                 self._known.discard(row.tx_id)
 
-    async def _claimed(self, row: Stranded) -> Plan | None:
+    async def _claimed(self, row: TransactionRow) -> Plan | None:
         """The transaction as it stands once it is ours; ``None`` when another process was faster."""
         if not await self._claim(row):
             return None
@@ -142,7 +112,7 @@ class Takeover:
         # ... and whoever finds this process too slow may have claimed it since.
         return plan if (plan.epoch, standing.instance) == (row.epoch + 1, self._instance) else None
 
-    async def _reloaded(self, row: Stranded) -> Plan:
+    async def _reloaded(self, row: TransactionRow) -> Plan:
         return reload(await self._source.run_rows(row.run_id, *KINDS), row, self._parts, self._instance)
 
     def _strange(self, plan: Plan) -> bool:
@@ -160,7 +130,7 @@ class Takeover:
             )
         return bool(strange)
 
-    async def _claim(self, row: Stranded) -> bool:
+    async def _claim(self, row: TransactionRow) -> bool:
         """Take the transaction over under a new fencing token; ``False`` when another process was faster."""
         await self._failpoint(f"{CLAIM}.before")
         facts: dict[str, Any] = {"tx_id": row.tx_id, "run_id": row.run_id, "epoch": row.epoch + 1}

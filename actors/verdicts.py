@@ -10,9 +10,6 @@ from spine.explain.story import JournalRow
 from spine.governance.contract import Finding, Reconciliation, reconcile, unmet
 from spine.governance.units import Record
 
-# How the journal names a verdict that another one was faster than.
-VERDICT = "contract verdict"
-
 
 def judge(contract: Contract, at: int) -> tuple[Reconciliation, Record | None]:
     """The verdict at ``at`` (unix microseconds), and its record if it is not what the contract stands at already."""

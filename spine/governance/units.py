@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 
 @dataclass(slots=True)
@@ -59,6 +59,12 @@ class StaleEpoch:
     epoch: int
 
 
+# How guards are named: that of a user's statement and that of a record begin so, the contract's is this one.
+WRITE_GUARD: Final = "write "
+RECORD_GUARD: Final = "record: "
+VERDICT_GUARD: Final = "contract verdict"
+
+
 @dataclass(frozen=True, slots=True)
 class GuardFailed:
     """Nothing was written: statement ``guard`` changed ``found`` rows where ``required`` were required."""
@@ -66,6 +72,21 @@ class GuardFailed:
     guard: str
     required: int
     found: int
+
+    @property
+    def of_write(self) -> bool:
+        """Whether a user's own statement did not change what it must."""
+        return self.guard.startswith(WRITE_GUARD)
+
+    @property
+    def of_record(self) -> bool:
+        """Whether what is to be recorded can never be."""
+        return self.guard.startswith(RECORD_GUARD)
+
+    @property
+    def of_verdict(self) -> bool:
+        """Whether somebody else judged the run's contract meanwhile."""
+        return self.guard == VERDICT_GUARD
 
 
 @dataclass(frozen=True, slots=True)

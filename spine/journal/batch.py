@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import orjson
 
-from spine.governance.units import CommitOutcome, Committed, GuardFailed, StaleEpoch, Unit, Write
+from spine.governance.units import RECORD_GUARD, CommitOutcome, Committed, GuardFailed, StaleEpoch, Unit, Write
 from spine.journal.chain import MAIN_PREFIX, STREAM
 from spine.journal.faults import UnitFault
 from spine.journal.projections import MAKERS
@@ -71,9 +71,9 @@ def encode(unit: Unit) -> Encoded | GuardFailed:
                     raise TypeError(f"{record.kind}: {copied!r} is not text")
             entries.append((fields, raw, raw.decode(), record.kind, run_id, tenant_id, ref))
     except (TypeError, ValueError, RecursionError) as error:
-        return GuardFailed(f"record: {error}", 1, 0)
+        return GuardFailed(f"{RECORD_GUARD}{error}", 1, 0)
     if not entries:
-        return GuardFailed("record: a unit without records leaves no trace; give it one", 1, 0)
+        return GuardFailed(f"{RECORD_GUARD}a unit without records leaves no trace; give it one", 1, 0)
     return Encoded(unit.id, entries, unit.writes, unit.epoch)
 
 
@@ -185,4 +185,4 @@ def _append(made: Plan, unit: str, entry: Entry) -> None:
             made.epoch = fields["epoch"]
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"missing field {error}" if isinstance(error, KeyError) else str(error)
-        raise UnitFault(f"record: {kind}: {reason}", 1, 0) from error
+        raise UnitFault(f"{RECORD_GUARD}{kind}: {reason}", 1, 0) from error

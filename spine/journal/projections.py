@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from spine.governance.contract import PENDING
+from spine.governance.units import VERDICT_GUARD
 from spine.journal.domain_rows import domain_row
 from spine.journal.statements import Fields, Operation, delete, insert, update
 from spine.journal.tx_projections import TX_MAKERS
@@ -18,7 +19,6 @@ GUARD_DECISION_OPEN: Final = "decision open"
 GUARD_KEY_OPEN: Final = "idempotency open"
 GUARD_EXPECTATION: Final = "expectation claim"
 GUARD_CONTRACT: Final = "contract claim"
-GUARD_VERDICT: Final = "contract verdict"
 GUARD_ACKNOWLEDGEMENT: Final = "acknowledgement"
 GUARD_EVENT: Final = "event claim"
 GUARD_EVENT_KNOWN: Final = "event known"
@@ -68,7 +68,7 @@ CLOSE_KEY: Final = update(
 )
 PUBLISH_EVENT: Final = update("outbox", 51, GUARD_EVENT_KNOWN, "state = 'published'", "event_id = ?", key=(0,))
 UPDATE_CONTRACT: Final = update(
-    "contracts", 52, GUARD_VERDICT, "overall = ?, due_at = ?, seq = ?", "run_id = ? AND seq = ?", key=(3,)
+    "contracts", 52, VERDICT_GUARD, "overall = ?, due_at = ?, seq = ?", "run_id = ? AND seq = ?", key=(3,)
 )
 CLOSE_DECISION: Final = delete("open_decisions", 60, GUARD_DECISION_OPEN, "decision_id", undoes=INSERT_DECISION)
 

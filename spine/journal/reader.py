@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, Final
 
 from spine.governance.contract import CONTRACT_KINDS
@@ -152,10 +151,9 @@ class JournalReader(Evidence):
         that time (unix microseconds) counts as dead.
         """
         dead = await self._without("open_decisions", "1 = 1", instances_dead_before_us, alive)
-        columns = ", ".join(field.name for field in fields(OpenDecision))
         found: list[OpenDecision] = []
         for instance in dead:
-            rows = await self._scan(f"SELECT {columns} FROM open_decisions WHERE instance = ?", instance)
+            rows = await self._scan(f"SELECT {columns(OpenDecision)} FROM open_decisions WHERE instance = ?", instance)
             found += [OpenDecision(*values) for values in rows]
         return sorted(found, key=lambda decision: decision.seq)
 

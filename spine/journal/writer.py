@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from spine.governance.units import CommitOutcome, Committed, GuardFailed, StorageFailed, Unit, Write
+from spine.governance.units import (
+    RECORD_GUARD,
+    WRITE_GUARD,
+    CommitOutcome,
+    Committed,
+    GuardFailed,
+    StorageFailed,
+    Unit,
+    Write,
+)
 from spine.journal.batch import Encoded, Head, Plan, encode, plan
 from spine.journal.chain import STREAM
 from spine.journal.engine import Target, parse_url, unavailable
@@ -153,7 +162,7 @@ class GroupCommit:
                 session.change(statement, rows)
         except Exception as error:
             if is_unit(error):
-                raise UnitFault(f"record: {error}", 1, 0) from error
+                raise UnitFault(f"{RECORD_GUARD}{error}", 1, 0) from error
             raise
         for number, write in enumerate(made.writes):
             self._user_write(number, write)
@@ -168,9 +177,9 @@ class GroupCommit:
             if is_storage(error):
                 raise
             reason = f"parameter {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise UnitFault(f"write {number}: {reason}", write.rows or 0, 0) from error
+            raise UnitFault(f"{WRITE_GUARD}{number}: {reason}", write.rows or 0, 0) from error
         if write.rows is not None and found != write.rows:
-            raise UnitFault(f"write {number}: {write.sql}", write.rows, found)
+            raise UnitFault(f"{WRITE_GUARD}{number}: {write.sql}", write.rows, found)
 
     def _resolve(self, made: Plan | None, error: str) -> list[CommitOutcome]:
         """Look a lost COMMIT up: the head is locked first, so a server still at work on it has ended when we read."""
