@@ -123,7 +123,7 @@ class Audit(Actor):
     ) -> None:
         super().__init__(exchange)
         self._contracts = contracts
-        self._tasks = Tasks(NAME, limit=RECONCILING_MOST, on_crash=self._task_crashed)
+        self._tasks = Tasks(NAME, limit=RECONCILING_MOST, on_crash=self.task_crashed)
         self._reader = reader
         self._writer = writer
         self._progress = progress
@@ -231,6 +231,3 @@ class Audit(Actor):
             await self._writer.release_lease()
         except JournalError as error:
             self.exchange.tracer.fault("spine.lease.kept", exc=error)
-
-    def _task_crashed(self, name: str, error: BaseException) -> None:
-        self.exchange.tracer.fault("spine.task.crashed", exc=error, actor=NAME, task=name)

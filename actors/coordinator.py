@@ -90,8 +90,8 @@ class Coordinator(Actor):
         deps, own = completions.dependencies, completions
         super().__init__(deps.exchange)
         self._own = own
-        self._tasks = Tasks(NAME, limit=deps.calls_most, on_crash=self._task_crashed)
-        self._calls = EffectCalls(deps.exchange, own.failpoint, self._task_crashed)
+        self._tasks = Tasks(NAME, limit=deps.calls_most, on_crash=self.task_crashed)
+        self._calls = EffectCalls(deps.exchange, own.failpoint, self.task_crashed)
         posts = {d.name: cast(Post, d) for d in own.participants if class_of(d) is DomainClass.POST}
         self._outbox = Outbox(
             deps.exchange,
@@ -173,6 +173,3 @@ class Coordinator(Actor):
                 self._tasks.answer(envelope, self._reports.acknowledge(envelope, message))
             case _:
                 assert_never(message)
-
-    def _task_crashed(self, name: str, error: BaseException) -> None:
-        self.exchange.tracer.fault("spine.task.crashed", exc=error, actor=NAME, task=name)

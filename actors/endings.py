@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.completion import Plan
+from actors.outbox import published
 from actors.rows import TransactionRow
 from spine.governance.transactions import (
     CompleteRun,
@@ -22,7 +23,7 @@ from spine.publisher import POST
 def stored(result: TransactionResult, tx_id: str, rows: Sequence[Mapping[str, Any]]) -> TransactionResult:
     """A committed result as of now: with its events, once the run's ``rows`` tell that they are published."""
     ours = [body for body in rows if body.get("tx_id") == tx_id]
-    done = {event_id for body in ours if body["kind"] == "event.published" for event_id in body["event_ids"]}
+    done = published(ours)
     told = [body for body in ours if body["kind"] == "event" and not body["type"].startswith(POST)]
     if told and all(body["event_id"] in done for body in told):
         result.phase = TransactionPhase.EVENTS_PUBLISHED

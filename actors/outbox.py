@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -155,14 +155,8 @@ class Outbox:
         return sum(delivery.since <= long_ago or delivery.failed >= STUCK_ATTEMPTS for delivery in waiting)
 
     async def keep(self, tasks: Tasks) -> None:
-        """Look again and again until cancelled, each time in an own task: a look that fails ends alone."""
-        clock = self._exchange.clock
-        while True:
-            try:
-                await asyncio.wait([tasks.spawn(self._look(), "outbox")])
-            except Overloaded as error:
-                self._exchange.tracer.fault("spine.outbox.unreadable", exc=error)
-            await clock.sleep_until(clock.monotonic() + RELOAD_S)
+        """Look every ``RELOAD_S`` seconds until cancelled."""
+        await tasks.every(RELOAD_S, self._look, "outbox", self._exchange.clock)
 
     async def _look(self) -> None:
         """Deliver what an earlier process left, and what did not fit."""
@@ -202,7 +196,7 @@ class Outbox:
         except JournalError as error:
             self._exchange.tracer.fault("spine.outbox.unreadable", exc=error)
             return False
-        done = {event_id for body in bodies if body["kind"] == "event.published" for event_id in body["event_ids"]}
+        done = published(bodies)
         waiting = [event_of(body) for body in bodies if body["kind"] == "event" and body["event_id"] not in done]
         own = line.waiting[0].events[0].event_id
         ahead = list(itertools.takewhile(lambda event: event.event_id != own, waiting))
@@ -325,6 +319,11 @@ class Outbox:
             tx_id=event.tx_id,
             result_id=event.event_id,
         )
+
+
+def published(bodies: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The ids of the events that these journal rows say are published."""
+    return {event_id for body in bodies if body["kind"] == "event.published" for event_id in body["event_ids"]}
 
 
 def event_of(body: Mapping[str, Any]) -> Event:

@@ -5,7 +5,6 @@ Two processes on one database may judge the same run: the record names the one i
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,7 +15,7 @@ from spine.explain.contract import read_contract
 from spine.governance.contract import ContractError, ReconcileRun, Reconciliation
 from spine.governance.params import id_problem
 from spine.governance.units import Committed, GuardFailed
-from spine.kernel.errors import JournalError, JournalUnavailable, Overloaded
+from spine.kernel.errors import JournalError, JournalUnavailable
 from spine.kernel.exchange import Exchange
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
@@ -54,16 +53,10 @@ class Reconciler:
         self._recorder = recorder
 
     async def keep(self, tasks: Tasks) -> None:
-        """Sweep every ``SWEEP_S`` seconds until cancelled, each time in an own task: one that fails ends alone."""
+        """Sweep every ``SWEEP_S`` seconds until cancelled, for the first time when so much has passed."""
         clock = self._exchange.clock
-        while True:
-            await clock.sleep_until(clock.monotonic() + SWEEP_S)
-            try:
-                sweep = tasks.spawn(self.sweep(), "contract sweep")
-            except Overloaded as error:
-                self._exchange.tracer.fault("spine.contract.unswept", exc=error)
-                continue
-            await asyncio.wait([sweep])
+        await clock.sleep_until(clock.monotonic() + SWEEP_S)
+        await tasks.every(SWEEP_S, self.sweep, "contract sweep", clock)
 
     async def sweep(self) -> None:
         """Judge every contract whose moment is over, the oldest first."""

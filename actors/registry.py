@@ -50,7 +50,7 @@ class Registry(Actor):
     def __init__(self, dependencies: Dependencies) -> None:
         super().__init__(dependencies.exchange)
         self._deps = dependencies
-        self._tasks = Tasks(NAME, limit=dependencies.calls_most, on_crash=self._task_crashed)
+        self._tasks = Tasks(NAME, limit=dependencies.calls_most, on_crash=self.task_crashed)
         self._slots = Slots(dependencies.operations, self.exchange.deadlines, self._slot_timeout, self._gone)
         self._conduct = Conduct(self, dependencies)
         # A thread for each slot: a shared limit would let one slow operation stall every other.
@@ -277,9 +277,6 @@ class Registry(Actor):
         """Hear of other processes' switches while idle, and end a bypass whose time is over."""
         await self._deps.switch.refresh()
         await self._deps.switch.restore_expired(self._deps.recorder)
-
-    def _task_crashed(self, name: str, error: BaseException) -> None:
-        self.exchange.tracer.fault("spine.task.crashed", exc=error, actor=NAME, task=name)
 
     def _status(self) -> dict[str, Any]:
         operations = self._deps.operations.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from actors.completion import Part, Plan
@@ -13,7 +14,7 @@ from actors.rows import TransactionRow, Transactions
 from spine.governance.failpoints import CLAIM, Failpoint
 from spine.governance.transactions import DomainClass, TxState
 from spine.governance.units import Committed, Record
-from spine.kernel.errors import Overloaded, SpineError
+from spine.kernel.errors import SpineError
 from spine.kernel.exchange import Exchange
 from spine.kernel.tasks import Tasks
 
@@ -64,14 +65,8 @@ class Takeover:
         self._unended = unended
 
     async def keep(self, tasks: Tasks) -> None:
-        """Look for stranded transactions until cancelled, each time in an own task: a look that fails ends alone."""
-        clock = self._exchange.clock
-        while True:
-            try:
-                await asyncio.wait([tasks.spawn(self._look(tasks), "takeover")])
-            except Overloaded as error:
-                self._exchange.tracer.fault("spine.takeover.failed", exc=error)
-            await clock.sleep_until(clock.monotonic() + TICK_S)
+        """Look for stranded transactions every ``TICK_S`` seconds until cancelled."""
+        await tasks.every(TICK_S, partial(self._look, tasks), "takeover", self._exchange.clock)
 
     async def _look(self, tasks: Tasks) -> None:
         """Go on with each in a task of its own: one whose domain hangs holds up no other."""

@@ -87,20 +87,21 @@ def step_record(plan: Plan, step: Step, move: str, at: int, **more: Any) -> Reco
     return Record(
         "tx.step",
         at,
-        {
-            **identity(plan),
-            "n": step.n,
-            "domain": step.name,
-            "class": step.cls.value,
-            "move": move,
-            "state": step.state.value,
-            "effect_id": step.effect_id,
-            "result_id": step.result_id,
-            "error": step.error,
-            "code": step.code,
-            **more,
-        },
+        {**identity(plan), **_standing(step), "move": move, **more},
     )
+
+
+def _standing(step: Step) -> dict[str, Any]:
+    return {
+        "n": step.n,
+        "domain": step.name,
+        "class": step.cls.value,
+        "state": step.state.value,
+        "effect_id": step.effect_id,
+        "result_id": step.result_id,
+        "error": step.error,
+        "code": step.code,
+    }
 
 
 def _local_steps(plan: Plan, at: int) -> list[Record]:
@@ -111,14 +112,7 @@ def _local_steps(plan: Plan, at: int) -> list[Record]:
             at,
             {
                 **identity(plan),
-                "n": step.n,
-                "domain": step.name,
-                "class": step.cls.value,
-                "state": step.state.value,
-                "effect_id": step.effect_id,
-                "result_id": step.result_id,
-                "error": step.error,
-                "code": step.code,
+                **_standing(step),
                 "rows": [row.to_dict() for row in step.rows] if step.state is StepState.DONE else [],
             },
         )

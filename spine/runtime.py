@@ -387,11 +387,16 @@ class _System:
             ),
             writer,
             reader,
-            Gauges(
-                governance=lambda: deps.switch.state.effective(settings.clock.time_us()).to_dict(),
-                decisions=lambda: asdict(deps.counts) | {"interrupted": deps.recovery.interrupted},
-                transactions=completions.to_dict,
-                contracts=lambda: dict(progress.verdicts),
-                journal=lambda: progress.to_dict() | deps.to_dict(),
-            ),
+            _gauges(deps, completions, progress),
         )
+
+
+def _gauges(deps: Dependencies, completions: Completions, progress: Progress) -> Gauges:
+    clock = deps.exchange.clock
+    return Gauges(
+        governance=lambda: deps.switch.state.effective(clock.time_us()).to_dict(),
+        decisions=lambda: asdict(deps.counts) | {"interrupted": deps.recovery.interrupted},
+        transactions=completions.to_dict,
+        contracts=lambda: dict(progress.verdicts),
+        journal=lambda: progress.to_dict() | deps.to_dict(),
+    )

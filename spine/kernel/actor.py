@@ -76,6 +76,10 @@ class Actor:
                 mailbox.ring()
             await mailbox.wait()
 
+    def task_crashed(self, name: str, error: BaseException) -> None:
+        """Tell of a task of this actor's that ended with an exception."""
+        self.exchange.tracer.fault("spine.task.crashed", exc=error, actor=self.name, task=name)
+
     def traced(self, envelope: Envelope, moment: float) -> None:
         """Log that the actor takes the envelope."""
         envelope.taken = moment

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 
+from spine.kernel.clock import Clock
 from spine.kernel.errors import ActorCrashed, Overloaded, SpineError, describe
 from spine.kernel.messages import Envelope
 
@@ -65,6 +66,17 @@ class Tasks:
             on_end()
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_crash(task.get_name(), error)
+
+    async def every(
+        self, seconds: float, look: Callable[[], Coroutine[Any, Any, None]], name: str, clock: Clock
+    ) -> None:
+        """Look again and again until cancelled, each time in a task of its own: a look that fails ends alone."""
+        while True:
+            try:
+                await asyncio.wait([self.spawn(look(), name)])
+            except Overloaded as error:
+                self._on_crash(name, error)
+            await clock.sleep_until(clock.monotonic() + seconds)
 
     def __len__(self) -> int:
         return len(self._tasks)
