@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from spine.governance.params import text_problem
 from spine.journal.engine import Target, parse_url, unavailable
+from spine.journal.files import NamedFile
 from spine.journal.readonly import ReadOnly
 from spine.journal.scanning import Scans
 from spine.journal.thread import Worker
@@ -22,14 +23,15 @@ _TOGETHER: Final = 32
 class _Lookups:
     """A thread that answers queries one after the other; it is started when it is first asked."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, file: NamedFile | None) -> None:
         self._target = target
+        self._file = file
         self._opened: tuple[Worker, ReadOnly] | None = None
 
     def _open(self) -> tuple[Worker, ReadOnly]:
         worker = Worker("journal reader", together=_TOGETHER)
         worker.start()
-        self._opened = worker, ReadOnly(self._target, _READ_S)
+        self._opened = worker, ReadOnly(self._target, self._file, _READ_S)
         return self._opened
 
     async def open(self) -> None:
@@ -69,8 +71,10 @@ class Reading:
 
     def __init__(self, url: str) -> None:
         self._target = parse_url(url)
-        self._lookups = _Lookups(self._target)
-        self._scans = Scans(self._target, self._lookups.open)
+        # One for all its connections: until they are closed, no answer comes out of another file.
+        self._file = None if self._target.path is None else NamedFile(self._target.path)
+        self._lookups = _Lookups(self._target, self._file)
+        self._scans = Scans(self._target, self._file, self._lookups.open)
 
     async def open(self) -> None:
         """Connect and check the schema's version; reading does it when it was not done before.
@@ -84,6 +88,8 @@ class Reading:
         closing = [asyncio.create_task(part.close()) for part in (self._lookups, self._scans)]
         # They go on even when nobody waits for it any more.
         await asyncio.wait(closing)
+        if self._file is not None:
+            self._file.forget()
         for ended in closing:
             ended.result()
 

@@ -29,12 +29,14 @@ _STEPS: Final = 100_000
 
 
 class ReadOnly:
-    """Connects when it is first asked, and again after an error; ``query_s`` bounds what PostgreSQL works on one query.
+    """Connects when it is first asked, and again after an error; never to another file than ``file``.
+
+    ``query_s`` seconds bound what PostgreSQL works on one query.
 
     Every method but ``interrupt`` belongs to the thread that asks first.
     """
 
-    def __init__(self, target: Target, query_s: float) -> None:
+    def __init__(self, target: Target, file: NamedFile | None, query_s: float) -> None:
         self._target = target
         self._query_s = query_s
         sqlite = target.dialect == "sqlite"
@@ -42,7 +44,7 @@ class ReadOnly:
         # Without parameters PostgreSQL's driver leaves a per cent sign alone.
         self._nothing: tuple[()] | None = () if sqlite else None
         self._connection: Any = None
-        self._file: NamedFile | None = None
+        self._file = file
         self._until = 0.0
         self._interrupted = False
 
@@ -94,11 +96,9 @@ class ReadOnly:
             return
         path = self._target.path
         engine = reading_engine(self._target)
-        if path is None:
+        if path is None or self._file is None:
             self._connection = self._made(engine)
             return
-        if self._file is None:
-            self._file = NamedFile(path)
         self._file.check()
         opened(path)
         try:

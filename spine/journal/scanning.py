@@ -35,11 +35,11 @@ _READ_S: Final = 10.0
 class Scans:
     """Reads what may be long, beside the short lookups, on SQLAlchemy's asynchronous engine; raises JournalError."""
 
-    def __init__(self, target: Target, checked: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, target: Target, file: NamedFile | None, checked: Callable[[], Awaitable[None]]) -> None:
         self._target = target
         self._checked = checked
         self._engine: AsyncEngine | None = None
-        self._file: NamedFile | None = None
+        self._file = file
         self._opening = asyncio.Lock()
         self._reading: set[asyncio.Task[list[Any]]] = set()
         self._connections: WeakSet[Any] = WeakSet()
@@ -51,13 +51,10 @@ class Scans:
                 if self._target.path is not None:
                     opened(self._target.path)
                 try:
-                    named = None
-                    if self._target.path is not None:
-                        # Who looks up knows which file it is: no connection may be opened to another one.
+                    if self._file is not None:
+                        # A lookup tells what is wrong there, before the pool opens anything.
                         await self._checked()
-                        named = NamedFile(self._target.path)
                     self._engine = await self._connect()
-                    self._file = self._file or named
                 except BaseException:
                     self._closed()
                     raise
@@ -137,8 +134,8 @@ class Scans:
             raise unavailable(self._target, error) from error
 
     async def _read(self, sql: str, params: tuple[Any, ...]) -> list[Any]:
-        self._check_file()
         engine = self._engine or await self._open()
+        self._check_file()
         try:
             with anyio.fail_after(_READ_S):
                 async with engine.connect() as connection:

@@ -93,6 +93,7 @@ class Session:
         self._connection = connection
         if self.target.path is not None and create:
             self._file = NamedFile(self.target.path)
+            self._file.check()
             self._lock = FileLock(self.target.path.with_name(self.target.path.name + "-spine.lock"))
 
     def discard(self) -> None:

@@ -216,18 +216,23 @@ async def test_a_removed_file_is_not_read_on_and_one_put_back_is(sqlite_url: str
 
 
 async def test_a_file_that_was_replaced_is_refused_until_it_is_opened_anew(sqlite_url: str) -> None:
+    """Lookups and scans are of one mind about which file it is, in every order and after closing too."""
     await write(sqlite_url, day())
     path = parse_url(sqlite_url).file()
     await write(f"{sqlite_url}-new", day(1))
     async with reading(sqlite_url) as reader:
         assert (await reader.run("run-1")) is not None
+        assert "run-1" in [run.run_id for run in await reader.runs()]
         path.with_name(path.name + "-new").replace(path)
         for _ in range(2):
             with pytest.raises(JournalUnavailable, match="replaced by another one"):
                 await reader.run("run-1")
+            with pytest.raises(JournalUnavailable, match="replaced by another one"):
+                await reader.runs()
         await reader.close()
         assert (await reader.run("run-1")) is None
         assert (await reader.run("run-0")) is not None
+        assert [run.run_id for run in await reader.runs()] == ["run-0"]
 
 
 @pytest.mark.postgresql
