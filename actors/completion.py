@@ -6,17 +6,15 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
-import orjson
-
-from actors.records import recordable, text
+from actors.records import text
 from actors.verdicts import lacking
 from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, said_by
 from spine.explain.story import JournalRow
 from spine.governance.contract import FINALIZE, AckStatus
-from spine.governance.params import detached, id_problem
+from spine.governance.params import id_problem
+from spine.governance.recordable import recorded
 from spine.governance.transactions import (
     CompleteRun,
     DomainClass,
@@ -213,22 +211,12 @@ def described(plan: Plan, step: Step) -> Mapping[str, Any]:
 
 def as_json(given: object, what: str) -> Mapping[str, Any]:
     """A mapping as the journal will hold it; raises TypeError or ValueError that begin with ``what``."""
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{what} is not a mapping")
     try:
-        encoded = recordable(given)
+        return recorded(given)
+    except TypeError as error:
+        raise TypeError(f"{what} {error}") from error
     except ValueError as error:
         raise ValueError(f"{what} {error}") from error
-    if b"null" in encoded and not _finite(detached(given)):
-        raise ValueError(f"{what} is not JSON (it holds a number that is not finite)")
-    found: dict[str, Any] = orjson.loads(encoded)
-    return found
-
-
-def _finite(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    return all(map(_finite, value)) if isinstance(value, list) else not isinstance(value, float) or isfinite(value)
 
 
 def fail_with(plan: Plan, step: Step, error: BaseException) -> None:

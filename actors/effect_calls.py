@@ -9,15 +9,13 @@ from functools import partial
 from typing import Any, Final
 
 from spine.domains import Refused
-from spine.effects import Effect
+from spine.effects import CANCEL_GRACE_S, Effect
 from spine.governance.failpoints import Failpoint, of_call
 from spine.kernel.errors import Overloaded, describe
 from spine.kernel.exchange import Exchange
 from spine.kernel.tasks import Tasks
 
 CALLS_MOST: Final = 4096
-# How long a cancelled call may take to end before it is left behind.
-CANCEL_GRACE_S: Final = 1.0
 
 Method = Callable[[Effect], Awaitable[Any]]
 

@@ -12,7 +12,7 @@ from actors.calls import Call
 from spine.governance.authority import ALLOW, AuthorityDecision, GovernanceState, RuleOutcome, Verdict, flat
 from spine.governance.contract import START_TRACE, Ack, AckStatus, Expectation, reconcile
 from spine.governance.operations import OperationResult
-from spine.governance.params import PARAMS_MOST_BYTES, InvalidParams, detached, plain
+from spine.governance.recordable import recordable
 from spine.governance.units import Record
 
 TEXT_MOST = 4000
@@ -257,17 +257,6 @@ def flat_text(decision: AuthorityDecision, state: GovernanceState) -> dict[str, 
     fields["authority_reason"] = text(decision.reason)
     fields["authority_code"] = text(decision.code)
     return fields
-
-
-def recordable(data: Mapping[str, Any]) -> bytes:
-    """A mapping as the JSON under which it is recorded; raises ValueError saying why it cannot be."""
-    try:
-        encoded = orjson.dumps(detached(data), default=plain)
-    except (InvalidParams, TypeError) as error:
-        raise ValueError(f"is not JSON ({error})") from error
-    if len(encoded) > PARAMS_MOST_BYTES:
-        raise ValueError(f"is {len(encoded)} bytes as JSON, at most {PARAMS_MOST_BYTES} are kept")
-    return encoded
 
 
 def storable(name: str, result: OperationResult, scrub: Callable[[str], str]) -> OperationResult:

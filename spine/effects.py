@@ -15,6 +15,8 @@ TIMEOUT_S: Final = 10.0
 ATTEMPTS: Final = 3
 ATTEMPTS_MOST: Final = 100
 TIMEOUT_MOST_S: Final = 3600.0
+# How long a cancelled call may take to end before it is left behind, in seconds.
+CANCEL_GRACE_S: Final = 1.0
 APPLIED: Final = "applied"
 ABSENT: Final = "absent"
 TOMBSTONED: Final = "tombstoned"

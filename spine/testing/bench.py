@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from uuid import NAMESPACE_OID, uuid5
 
-import orjson
-
 from spine.domains import RunFacts, effect_id
 from spine.effects import APPLIED, STATUSES, Effect, attempts_of, timeout_of
-from spine.governance.params import PARAMS_MOST_BYTES, InvalidParams, detached
-from spine.governance.params import plain as json_leaf
+from spine.governance.recordable import recorded
 from spine.governance.transactions import DomainClass
 from spine.kernel.clock import SystemClock
 from spine.kernel.errors import ConfigurationError, SpineError, describe
@@ -115,7 +111,7 @@ class Bench:
             raise Broken(f"describe(run) raised {describe(error)}; where it needs other facts, pass facts=") from error
         try:
             descriptor = recorded(given)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise Broken(f"the effect is described by {given!r:.200}, which {error}") from error
         return Effect(run.effect_id, run.tx_id, run.run_id, run.tenant_id, 1, 1, 0.0, descriptor)
 
@@ -228,21 +224,5 @@ def answer_of(answer: Answered) -> Any:
     """The answer as it is recorded, or as it is where it cannot be."""
     try:
         return recorded({} if answer.value is None else answer.value)
-    except ValueError:
+    except (TypeError, ValueError):
         return answer.value
-
-
-def recorded(value: object) -> dict[str, Any]:
-    """A mapping as the journal gives it back. Raises ValueError saying why it cannot, or not as it was."""
-    if not isinstance(value, Mapping):
-        raise ValueError("is not a mapping")  # noqa: TRY004  one error for everything that cannot be recorded
-    try:
-        copy = detached(value)
-        json.dumps(copy, default=json_leaf, allow_nan=False)
-        encoded = orjson.dumps(copy, default=json_leaf)
-    except (InvalidParams, TypeError, ValueError) as error:
-        raise ValueError(f"is not JSON ({error})") from error
-    if len(encoded) > PARAMS_MOST_BYTES:
-        raise ValueError(f"is {len(encoded)} bytes as JSON, at most {PARAMS_MOST_BYTES} are kept")
-    found: dict[str, Any] = orjson.loads(encoded)
-    return found

@@ -7,15 +7,12 @@ import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 from spine.domains import Refused
-from spine.effects import Effect
+from spine.effects import CANCEL_GRACE_S, Effect
 from spine.kernel.clock import SystemClock
 from spine.kernel.errors import describe
-
-# As long as Spine waits for a cancelled call before it goes on without it.
-CANCEL_GRACE_S: Final = 1.0
 
 Method = Callable[[Effect], Coroutine[Any, Any, Any]]
 

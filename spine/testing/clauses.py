@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from spine.domains import Refused
-from spine.effects import ABSENT, APPLIED, TOMBSTONED, Effect
-from spine.testing.bench import Bench, Broken, Unseen, answer_of, recorded
-from spine.testing.calls import CANCEL_GRACE_S, Answered, Call, told
+from spine.effects import ABSENT, APPLIED, CANCEL_GRACE_S, TOMBSTONED, Effect
+from spine.governance.recordable import recorded
+from spine.settings import Settings
+from spine.testing.bench import Bench, Broken, Unseen, answer_of
+from spine.testing.calls import Answered, Call, told
 
 # What Spine's watchdog reports by default.
-BLOCKED_S: Final = 0.5
+BLOCKED_S: Final = Settings().blocked_s
 DUPLICATES: Final = 4
 CUTS_MOST: Final = 48
 # Where between its start and its usual end a call is cut off, besides at each of its waits.
@@ -43,7 +45,7 @@ async def recordable(bench: Bench) -> None:
     if isinstance(ending, Answered) and ending.value is not None:
         try:
             recorded(ending.value)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise Broken(f"forward answered {ending.value!r:.200}, which {error}") from error
 
 

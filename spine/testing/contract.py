@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
+from spine.effects import CANCEL_GRACE_S
 from spine.governance.transactions import DomainClass
 from spine.testing import clauses, local
 from spine.testing.bench import Bench
-from spine.testing.calls import CANCEL_GRACE_S
 
 
 @dataclass(frozen=True, slots=True)
