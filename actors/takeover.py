@@ -1,4 +1,4 @@
-"""Recovery of transactions: what a dead process or a crashed coordinator left in flight is claimed and gone on with."""
+"""Takeover of transactions: what a dead process or a crashed coordinator left in flight is claimed and gone on with."""
 
 from __future__ import annotations
 

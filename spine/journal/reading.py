@@ -11,7 +11,7 @@ from spine.governance.params import text_problem
 from spine.journal.engine import Target, parse_url, unavailable
 from spine.journal.files import NamedFile
 from spine.journal.readonly import ReadOnly
-from spine.journal.scanning import Scans
+from spine.journal.scans import Scans
 from spine.journal.thread import Worker
 
 _CLOSE_S: Final = 1.0

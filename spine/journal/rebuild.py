@@ -12,9 +12,9 @@ from sqlalchemy.pool import StaticPool
 
 from spine.journal.batch import Waves
 from spine.journal.chain import STREAM
+from spine.journal.chain_check import Break
 from spine.journal.faults import is_damage
 from spine.journal.projections import projections
-from spine.journal.scan import Break
 from spine.journal.statements import Operation, Statement
 from spine.journal.tables import FIRST_GOVERNANCE, PROJECTIONS, governance, metadata
 

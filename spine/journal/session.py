@@ -27,7 +27,7 @@ from spine.journal.oslock import FileLock
 from spine.journal.processes import closed, opened
 from spine.journal.statements import Params, Placeholder, Statement, insert
 from spine.journal.tables import metadata
-from spine.journal.targets import targets
+from spine.journal.written_tables import targets
 
 _JOURNAL: Final = insert("journal", 0, "journal row", "stream seq prev hash body kind unit run_id tenant_id ref")
 # How many rows a text may hold: four sizes for each doubling.

@@ -13,6 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Engine
 
 from spine.journal.chain import STREAM
+from spine.journal.chain_check import ROW_COLUMNS, Break, ChainCheck
 from spine.journal.engine import (
     Target,
     check_version,
@@ -25,7 +26,6 @@ from spine.journal.engine import (
 )
 from spine.journal.faults import is_damage
 from spine.journal.rebuild import Rebuild, ordered
-from spine.journal.scan import ROW_COLUMNS, Break, ChainCheck
 from spine.kernel.errors import JournalError
 
 __all__ = ["Break", "VerifyReport", "verify"]

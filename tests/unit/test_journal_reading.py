@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import spine.journal.reading
-import spine.journal.scanning
+import spine.journal.scans
 from spine.journal.engine import parse_url
 from spine.journal.reader import JournalReader
 from spine.journal.thread import Worker
@@ -136,7 +136,7 @@ async def test_closing_interrupts_what_takes_too_long_and_leaves_nothing(
 ) -> None:
     await write(journal_url, day())
     monkeypatch.setattr(spine.journal.reading, "_CLOSE_S", 0.5)
-    monkeypatch.setattr(spine.journal.scanning, "_CLOSE_S", 0.5)
+    monkeypatch.setattr(spine.journal.scans, "_CLOSE_S", 0.5)
     path = parse_url(journal_url).path
     reader = JournalReader(journal_url)
     await reader.open()

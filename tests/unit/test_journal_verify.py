@@ -18,7 +18,7 @@ from sqlalchemy import Table, Text
 
 from spine.governance.units import Unit
 from spine.journal.chain import GENESIS, MAIN_PREFIX, row_hash
-from spine.journal.scan import COLUMNS
+from spine.journal.chain_check import COLUMNS
 from spine.journal.tables import PROJECTIONS
 from spine.journal.verify import Break, VerifyReport, verify
 from spine.kernel.errors import JournalError, JournalUnavailable, SchemaMismatch

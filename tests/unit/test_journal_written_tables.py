@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spine.journal.targets import targets
+from spine.journal.written_tables import targets
 
 
 @pytest.mark.parametrize(
