@@ -157,7 +157,11 @@ def test_what_is_recorded_of_a_refusal_holds_no_value(secret: str) -> None:
     assert "amount[0]: " in refusal.value.recorded
 
 
-@pytest.mark.parametrize("given_", [5, "text", [1], [("a", 1)], b"bytes", {1}, object()], ids=repr)
+@pytest.mark.parametrize(
+    "given_",
+    [5, "text", [1], [("a", 1)], b"bytes", {1}, object()],
+    ids=["int", "text", "list", "pairs", "bytes", "set", "object"],
+)
 def test_what_is_not_a_mapping_is_refused(given_: Any) -> None:
     """Params are a mapping."""
     with pytest.raises(InvalidParams, match="mapping"):
