@@ -138,9 +138,13 @@ class World:
 
     async def call(self, domain: str, method: str, run_id: str, arrive: Callable[[], Any]) -> Any:
         """One request: whether it arrives, how often, and whether its reply comes back."""
-        mood = self.befalls(method) or MOODS[kind_of(run_id)].get((domain, method))
+        mood = MOODS[kind_of(run_id)].get((domain, method))
         if mood == "break" and self.services.mended(run_id):
             mood = None
+        struck = self.befalls(method)
+        # A request that arrives twice is answered no better: what the scenario refuses stays refused.
+        if struck is not None and (struck != "duplicate" or mood is None):
+            mood = struck
         match mood:
             case "refuse":
                 raise Refused("NO", f"{domain} will not")
