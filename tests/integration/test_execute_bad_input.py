@@ -14,7 +14,6 @@ from tests.integration.desk import Desk, sound
 
 pytestmark = pytest.mark.anyio
 
-
 BAD_IDS: list[Any] = [
     "",
     "   ",

@@ -16,7 +16,6 @@ from spine.testing import ContractViolated, Report, check_domain
 from spine.testing.contract import CONTRACT
 
 POOR = RunFacts("run-poor", "poor", "succeeded", "", 0)
-
 EVERY = ["declared", *(clause.name for clause in CONTRACT[DomainClass.EXTERNAL])]
 
 

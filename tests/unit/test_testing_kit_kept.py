@@ -21,9 +21,7 @@ from tests.unit.kept_domain import EVERY, Kept, World, names, report_of
 
 pytestmark = pytest.mark.anyio
 
-
 DOCS = Path(next(iter(spine.__path__))).parent / "docs"
-
 GUIDED = ("'ledger' (LOCAL)", "'letters' (POST)")
 
 

@@ -14,7 +14,6 @@ from tests.unit.kept_domain import EVERY, Kept, World, names, report_of
 
 pytestmark = pytest.mark.anyio
 
-
 BLIND = {
     "repeated", "concurrent", "rollback", "rollback_repeated", "independent", "overtaken", "refusal",
     "crash", "crash_undone", "crash_rollback", "restart", "settled",
