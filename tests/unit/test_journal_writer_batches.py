@@ -11,16 +11,7 @@ import pytest
 from spine.governance.units import Committed, Record, Unit
 from spine.journal.chain import GENESIS, MAIN_PREFIX, row_hash
 from spine.journal.verify import verify
-from tests.unit.journal_kit import (
-    all_committed,
-    day,
-    decided,
-    ended,
-    reading,
-    started,
-    write,
-    writing,
-)
+from tests.unit.journal_kit import all_committed, day, decided, ended, reading, started, write, writing
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 

@@ -11,11 +11,7 @@ import pytest
 from spine.governance.units import StorageFailed, Unit
 from spine.journal.oslock import FileLock
 from spine.journal.session import Session
-from tests.unit.journal_kit import (
-    all_committed,
-    started,
-    writing,
-)
+from tests.unit.journal_kit import all_committed, started, writing
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 

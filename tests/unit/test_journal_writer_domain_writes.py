@@ -8,15 +8,7 @@ from spine.governance.units import Committed, GuardFailed, Unit, Write
 from spine.journal.engine import parse_url
 from spine.journal.tables import metadata
 from spine.journal.verify import verify
-from tests.unit.journal_kit import (
-    all_committed,
-    completion,
-    reading,
-    sql,
-    started,
-    write,
-    writing,
-)
+from tests.unit.journal_kit import all_committed, completion, reading, sql, started, write, writing
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 

@@ -9,12 +9,7 @@ import pytest
 
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch, Unit
 from spine.journal.domain_rows import GUARD_ROW
-from spine.journal.projections import (
-    GUARD_DECISION_OPEN,
-    GUARD_GOVERNANCE,
-    GUARD_IDEMPOTENCY,
-    GUARD_RUN,
-)
+from spine.journal.projections import GUARD_DECISION_OPEN, GUARD_GOVERNANCE, GUARD_IDEMPOTENCY, GUARD_RUN
 from spine.journal.tx_projections import GUARD_RUN_KNOWN, GUARD_STEP, GUARD_TRANSACTION, GUARD_TRANSACTION_STATE
 from spine.journal.verify import verify
 from tests.unit.journal_kit import (

@@ -17,13 +17,7 @@ from spine.journal.processes import _name, lives, this_process
 from spine.journal.verify import verify
 from spine.journal.writer import JournalWriter
 from spine.kernel.errors import JournalUnavailable
-from tests.unit.journal_kit import (
-    decided,
-    reading,
-    sql,
-    started,
-    writing,
-)
+from tests.unit.journal_kit import decided, reading, sql, started, writing
 from tests.unit.journal_locks import Locked
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]

@@ -11,12 +11,7 @@ from spine.governance.units import Committed, StorageFailed, Unit
 from spine.journal.faults import CommitUnknown
 from spine.journal.session import Session
 from spine.journal.verify import verify
-from tests.unit.journal_kit import (
-    all_committed,
-    sql,
-    started,
-    writing,
-)
+from tests.unit.journal_kit import all_committed, sql, started, writing
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 

@@ -10,10 +10,7 @@ import pytest
 from spine.governance.units import Unit
 from spine.journal.writer import JournalWriter
 from spine.kernel.errors import ConfigurationError, JournalError, JournalUnavailable
-from tests.unit.journal_kit import (
-    all_committed,
-    started,
-)
+from tests.unit.journal_kit import all_committed, started
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
 

@@ -11,15 +11,7 @@ from spine.journal.faults import StorageError
 from spine.journal.session import Session
 from spine.journal.verify import verify
 from spine.kernel.errors import JournalUnavailable
-from tests.unit.journal_kit import (
-    all_committed,
-    day,
-    sql,
-    started,
-    switched,
-    write,
-    writing,
-)
+from tests.unit.journal_kit import all_committed, day, sql, started, switched, write, writing
 from tests.unit.journal_locks import Locked
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
