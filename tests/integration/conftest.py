@@ -1,9 +1,10 @@
-"""What tests of transactions with domains outside share."""
+"""What tests of execute, and of transactions with domains outside, share."""
 
 from __future__ import annotations
 
 import pytest
 
+from tests.integration.desk import Desk
 from tests.participants import World
 
 
@@ -25,3 +26,8 @@ def brief(monkeypatch: pytest.MonkeyPatch, often: None) -> None:
     """A lease that is over soon: a Spine that was stopped in this process counts as living as long as it has one."""
     monkeypatch.setattr("actors.recovery.LEASE_S", 0.1)
     monkeypatch.setattr("actors.outbox.RELOAD_S", 0.05)
+
+
+@pytest.fixture
+async def desk(sqlite_url: str) -> Desk:
+    return Desk(sqlite_url)
