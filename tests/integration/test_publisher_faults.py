@@ -92,7 +92,7 @@ async def test_a_publisher_that_hangs_does_not_hold_the_stop(sqlite_url: str) ->
     assert query(sqlite_url, "SELECT state FROM outbox") == [("pending",)]
 
 
-@pytest.mark.parametrize("publisher", [5, object(), "log", Published], ids=repr)
+@pytest.mark.parametrize("publisher", [5, object(), "log", Published], ids=["number", "object", "text", "class"])
 def test_what_cannot_publish_is_refused_as_publisher(sqlite_url: str, publisher: Any) -> None:
     """Where it is given, not at the first event."""
     with pytest.raises(TypeError, match="publisher"):

@@ -11,6 +11,7 @@ import pytest
 
 from spine.kernel.errors import Overloaded
 from spine.kernel.tasks import Tasks
+from tests.stubborn import swallow_cancellation
 
 # The signal that pytest-timeout sends by default is lost in an event loop.
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(45, method="thread")]
@@ -77,14 +78,7 @@ async def test_draining_and_cancelling_give_up_in_time_and_say_so() -> None:
     tasks, _ = owned()
     release = asyncio.Event()
 
-    async def stubborn() -> None:
-        while not release.is_set():
-            try:
-                await release.wait()
-            except asyncio.CancelledError:
-                continue
-
-    tasks.spawn(stubborn())
+    tasks.spawn(swallow_cancellation(release))
     tasks.spawn(anyio.sleep_forever())
     began = time.monotonic()
     assert not await tasks.drained(0.05)
