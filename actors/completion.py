@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, a
 from spine.explain.story import JournalRow
 from spine.governance.contract import FINALIZE, AckStatus
 from spine.governance.params import id_problem
-from spine.governance.recordable import recorded
+from spine.governance.recordable import copied, recorded
 from spine.governance.transactions import (
     CompleteRun,
     DomainClass,
@@ -129,7 +128,7 @@ class Plan:
             operations_failed=self.counts[2],
             # Its own: what it changes in them must not reach the record.
             results={
-                other.name: deepcopy(dict(other.result)) for other in self.steps[: step.n] if other.result is not None
+                other.name: copied(dict(other.result)) for other in self.steps[: step.n] if other.result is not None
             },
         )
 

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Container, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from actors.verdicts import with_verdict
 from spine.domains import Refused
 from spine.effects import Effect, Post, timeout_of
 from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint
+from spine.governance.recordable import copied
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record
 from spine.kernel.errors import JournalError, Overloaded
 from spine.kernel.exchange import Exchange
@@ -283,7 +283,7 @@ class Outbox:
             answer = await self._post(event, attempt)
         else:
             # Its own payload: what the publisher changes in it must not reach the next try.
-            told = partial(self._publisher.publish, replace(event, payload=deepcopy(dict(event.payload))))
+            told = partial(self._publisher.publish, replace(event, payload=copied(dict(event.payload))))
             deadline = self._exchange.clock.monotonic() + PUBLISH_S
             answer = await self._calls.run("the publisher", PUBLISH, told, deadline)
         match answer:
@@ -305,7 +305,7 @@ class Outbox:
             event.epoch,
             attempt,
             self._exchange.clock.monotonic() + timeout_of(domain),
-            deepcopy(event.payload["descriptor"]),
+            copied(event.payload["descriptor"]),
         )
         return await self._calls.call(name, "post", domain.post, effect)
 

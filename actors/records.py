@@ -10,7 +10,7 @@ import orjson
 
 from actors.calls import Call
 from spine.governance.authority import ALLOW, AuthorityDecision, GovernanceState, RuleOutcome, Verdict, flat
-from spine.governance.contract import START_TRACE, Ack, AckStatus, Expectation, reconcile
+from spine.governance.contract import START_TRACE, Expectation, first_due
 from spine.governance.operations import OperationResult
 from spine.governance.recordable import recordable
 from spine.governance.units import Record
@@ -153,7 +153,6 @@ def run_started(
     block_unmet: bool = False,
 ) -> list[Record]:
     """The start of a run with what it promises, and the acknowledgement that its trace began."""
-    traced = [Ack(*START_TRACE, AckStatus.SUCCESS, run_id)]
     started = Record(
         "run.started",
         at,
@@ -165,7 +164,7 @@ def run_started(
             "instance": instance,
             "epoch": state.epoch,
             "expectations": [expectation.to_dict() for expectation in expectations],
-            "due_at": reconcile([expectation.due(at) for expectation in expectations], traced, at).due_at,
+            "due_at": first_due(expectations, at),
             "block_unmet": block_unmet,
             "decision": decision.to_dict(),
             **flat_text(decision, state),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 from actors import transaction_records as records
@@ -22,6 +21,7 @@ from actors.verdicts import with_verdict
 from spine.domains import Refused, said_by
 from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
+from spine.governance.recordable import copied
 from spine.governance.transactions import INTERRUPTED, UNDONE_FROM, StepState, TransactionResult, TxState
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, Write
 from spine.kernel.errors import SpineError
@@ -263,7 +263,7 @@ class Saga:
             attempt,
             self._clock.monotonic() + timeout_of(step.domain),
             # Its own: what it changes in it must not reach the next call.
-            deepcopy(dict(step.descriptor)),
+            copied(dict(step.descriptor)),
         )
         method = getattr(step.domain, what)
         call = self._call = self._own.exchange.loop.create_task(self._own.calls.call(step.name, what, method, effect))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from spine.explain.story import JournalRow, Story, items_of, text_of
-from spine.governance.contract import PENDING, Ack, AckStatus, Due, Expectation, reconcile
+from spine.governance.contract import PENDING, Ack, AckStatus, Due, moment_of, reconcile
 
-_STATUSES = tuple(AckStatus)
+_STATUSES = {status.value: status for status in AckStatus}
+_NUMBERS = (int, float)
 
 
 @dataclass(slots=True)
@@ -99,8 +100,8 @@ def _entry(domain: str, action: str, deadline_at: int | None, status: str) -> di
 
 
 def _dues(started: Mapping[str, Any], at: Any) -> tuple[Due, ...]:
-    found = (_due(entry, at) for entry in items_of(started, "expectations"))
-    return tuple(due for due in found if due is not None)
+    promised = items_of(started, "expectations")
+    return tuple([due for entry in promised if (due := _due(entry, at)) is not None])
 
 
 def _moment(value: Any) -> int | None:
@@ -109,7 +110,7 @@ def _moment(value: Any) -> int | None:
 
 def _due(entry: Any, started_at: Any) -> Due | None:
     """The promise as recorded; ``None`` for an entry that is no promise, which only forgery leaves."""
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, dict):
         return None
     domain, action = text_of(entry, "domain"), text_of(entry, "action")
     if domain is None or action is None:
@@ -118,14 +119,13 @@ def _due(entry: Any, started_at: Any) -> Due | None:
     later = entry.get("after_commit") is True
     if isinstance(deadline_at, int):
         return Due(domain, action, deadline_at, later)
-    if isinstance(seconds, int | float) and math.isfinite(seconds) and isinstance(started_at, int):
-        return Expectation(domain, action, seconds, later).due(started_at)
+    if isinstance(seconds, _NUMBERS) and math.isfinite(seconds) and isinstance(started_at, int):
+        return Due(domain, action, moment_of(started_at, seconds), later)
     return None
 
 
 def _ack(body: Mapping[str, Any]) -> Ack | None:
-    domain, action, status = text_of(body, "domain"), text_of(body, "action"), body.get("status")
-    if domain is None or action is None or status not in _STATUSES:
+    domain, action, status = text_of(body, "domain"), text_of(body, "action"), _STATUSES.get(str(body.get("status")))
+    if domain is None or action is None or status is None:
         return None
-    result_id, error, tx_id = text_of(body, "result_id"), text_of(body, "error"), text_of(body, "tx_id")
-    return Ack(domain, action, AckStatus(status), result_id, error, tx_id)
+    return Ack(domain, action, status, text_of(body, "result_id"), text_of(body, "error"), text_of(body, "tx_id"))

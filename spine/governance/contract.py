@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from spine.kernel.errors import SpineError
 from spine.kernel.messages import Request
 
+# Domain and action.
+Key = tuple[str, str]
 START_TRACE: Final = ("logs", "start_trace")
 FINALIZE: Final = ("orchestrator", "finalize_run")
 # What a contract stands at until something but the time left to it decides.
@@ -41,12 +43,21 @@ class AckStatus(StrEnum):
     ROLLED_BACK = "ROLLED_BACK"
 
 
+# What a report says that gives no error.
+_COMPLAINT: Final = {AckStatus.FAILED: "failed", AckStatus.ROLLED_BACK: "rolled back"}
+
+
 class Overall(StrEnum):
     """The verdict over all promises of a run."""
 
     COMPLETE = "COMPLETE"
     INCOMPLETE = "INCOMPLETE"
     STALE = "STALE"
+
+
+def moment_of(started_at: int, deadline_s: float) -> int:
+    """When a promise of a run started at ``started_at`` must be kept; unix microseconds both."""
+    return started_at + round(deadline_s * 1_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +79,10 @@ class Expectation:
 
     def due(self, started_at: int) -> Due:
         """The promise with its moment, for a run started at ``started_at`` (unix microseconds)."""
-        return Due(self.domain, self.action, started_at + round(self.deadline_s * 1_000_000), self.after_commit)
+        return Due(self.domain, self.action, moment_of(started_at, self.deadline_s), self.after_commit)
 
 
-@dataclass(frozen=True, slots=True)
-class Due:
+class Due(NamedTuple):
     """A promise with its moment (unix microseconds)."""
 
     domain: str
@@ -80,9 +90,13 @@ class Due:
     deadline_at: int
     after_commit: bool = False
 
+    @property
+    def key(self) -> Key:
+        """What is to be acknowledged, whenever."""
+        return self.domain, self.action
 
-@dataclass(frozen=True, slots=True)
-class Ack:
+
+class Ack(NamedTuple):
     """What a domain reported; a ROLLED_BACK takes back the SUCCESS with the same transaction and result."""
 
     domain: str
@@ -91,6 +105,11 @@ class Ack:
     result_id: str | None = None
     error: str | None = None
     tx_id: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """What is acknowledged, by whichever report."""
+        return self.domain, self.action
 
 
 STANDARD: Final = (
@@ -112,6 +131,13 @@ def promised(taking_part: Iterable[Expectation] = (), declared: Iterable[Expecta
     for expectation in declared:
         found[expectation.domain, expectation.action] = expectation
     return tuple(found.values())
+
+
+def first_due(expectations: Iterable[Expectation], started_at: int) -> int | None:
+    """When the verdict over a run that has just started, its trace with it, first changes by itself, if ever."""
+    waiting = (e.deadline_s for e in expectations if (e.domain, e.action) != START_TRACE)
+    soonest = min(waiting, default=None)
+    return None if soonest is None else moment_of(started_at, soonest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,67 +194,50 @@ class Reconciliation:
         }
 
 
-@dataclass(slots=True)
-class _Heard:
-    """What was reported for one domain and action."""
-
-    standing: set[tuple[str | None, str | None]]
-    taken_back: set[tuple[str | None, str | None]]
-    error: str | None = None
-
-    @property
-    def delivered(self) -> bool:
-        return bool(self.standing - self.taken_back)
-
-
-def _listen(acks: Iterable[Ack]) -> dict[tuple[str, str], _Heard]:
-    heard: dict[tuple[str, str], _Heard] = {}
+def _listen(acks: Collection[Ack]) -> tuple[set[Key], dict[Key, str | None]]:
+    """What was delivered and not taken back; and of everything that was reported, the last complaint."""
+    taken_back = {(*ack.key, ack.tx_id, ack.result_id) for ack in acks if ack.status is AckStatus.ROLLED_BACK}
+    delivered: set[Key] = set()
+    heard: dict[Key, str | None] = {}
     for ack in acks:
-        entry = heard.setdefault((ack.domain, ack.action), _Heard(set(), set()))
-        match ack.status:
-            case AckStatus.SUCCESS:
-                entry.standing.add((ack.tx_id, ack.result_id))
-            case AckStatus.ROLLED_BACK:
-                entry.taken_back.add((ack.tx_id, ack.result_id))
-                entry.error = ack.error or "rolled back"
-            case AckStatus.FAILED:
-                entry.error = ack.error or "failed"
-    return heard
-
-
-def _delivered(heard: dict[tuple[str, str], _Heard], key: tuple[str, str]) -> bool:
-    return key in heard and heard[key].delivered
+        key = ack.key
+        if ack.status is AckStatus.SUCCESS:
+            heard.setdefault(key, None)
+            if (*key, ack.tx_id, ack.result_id) not in taken_back:
+                delivered.add(key)
+        else:
+            heard[key] = ack.error or _COMPLAINT[ack.status]
+    return delivered, heard
 
 
 def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> Reconciliation:
     """Compare what was promised with what was acknowledged, as of ``now_us`` (unix microseconds)."""
-    heard = _listen(acks)
-    finalised = _delivered(heard, FINALIZE)
+    delivered, heard = _listen(acks)
+    finalised = FINALIZE in delivered
     missing: list[Finding] = []
     failed: list[Finding] = []
     stale: list[Finding] = []
     pending: list[Finding] = []
     moments: list[int] = []
     for due in expectations:
-        key = (due.domain, due.action)
-        entry = heard.get(key)
-        if _delivered(heard, key):
+        key = due.key
+        if key in delivered:
             continue
         late = now_us > due.deadline_at
         over = finalised and not due.after_commit
-        if not late and not over and (entry is None or key == FINALIZE):
+        if not late and not over and (key not in heard or key == FINALIZE):
             # A failed finalize_run turns stale when its time is over; whatever else failed stays failed.
             moments.append(due.deadline_at)
         if key == FINALIZE and late:
-            stale.append(Finding(*key, "stale", entry.error if entry else None))
-        elif entry is not None:
-            failed.append(Finding(*key, "failed", entry.error))
+            stale.append(Finding(*key, "stale", heard.get(key)))
+        elif key in heard:
+            failed.append(Finding(*key, "failed", heard[key]))
         elif late or over:
             missing.append(Finding(*key, "missing"))
         else:
             pending.append(Finding(*key, "pending"))
-    known = {(due.domain, due.action) for due in expectations}
-    drift = tuple(Finding(*key, "drift", entry.error) for key, entry in heard.items() if key not in known)
+    known = {due.key for due in expectations}
+    drift = tuple(Finding(*key, "drift", error) for key, error in heard.items() if key not in known)
     if stale:
         overall = Overall.STALE
     elif missing or failed or pending:
@@ -240,21 +249,18 @@ def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> 
     )
 
 
-def unmet(
-    expectations: Iterable[Due], acks: Iterable[Ack], taking_part: Collection[tuple[str, str]] = ()
-) -> tuple[Finding, ...]:
+def unmet(expectations: Iterable[Due], acks: Collection[Ack], taking_part: Collection[Key] = ()) -> tuple[Finding, ...]:
     """What a run that blocks on its contract still lacks, whatever time is left.
 
     Not asked for are finalize_run and ``taking_part``, the (domain, action) that the completion itself acknowledges.
     """
-    heard = _listen(acks)
-    found = []
-    for due in expectations:
-        key = (due.domain, due.action)
-        if key == FINALIZE or key in taking_part or _delivered(heard, key):
-            continue
-        found.append(Finding(*key, "failed", heard[key].error) if key in heard else Finding(*key, "missing"))
-    return tuple(found)
+    delivered, heard = _listen(acks)
+    lacking = [due.key for due in expectations if due.key not in delivered]
+    return tuple(
+        Finding(*key, "failed", heard[key]) if key in heard else Finding(*key, "missing")
+        for key in lacking
+        if key != FINALIZE and key not in taking_part
+    )
 
 
 @dataclass(slots=True)

@@ -34,6 +34,11 @@ def recorded(given: object) -> dict[str, Any]:
     return found
 
 
+def copied(value: Any) -> Any:
+    """An own copy of what a record holds: plain JSON, which its receiver may change."""
+    return orjson.loads(orjson.dumps(value))
+
+
 def _finite(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(_finite, value.values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from spine.governance.contract import PENDING
+from spine.governance.contract import PENDING, moment_of
 from spine.governance.units import VERDICT_GUARD
 from spine.journal.domain_rows import domain_row
 from spine.journal.statements import Fields, Operation, delete, insert, update
@@ -82,7 +82,7 @@ def _run_started(fields: Fields, seq: int) -> list[Operation]:
         )
     ]
     for promise in fields.get("expectations") or ():
-        deadline_at = at + round(promise["deadline_s"] * 1_000_000)
+        deadline_at = moment_of(at, promise["deadline_s"])
         found.append((INSERT_EXPECTATION, (run_id, promise["domain"], promise["action"], deadline_at)))
     due_at = fields.get("due_at")
     if due_at is not None:
