@@ -7,7 +7,6 @@ import gc
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC
 from functools import partial
@@ -32,11 +31,13 @@ from spine.domains import effect_id
 from spine.governance.completion import CompleteRun, completion_digest
 from spine.kernel.clock import VirtualClock
 from spine.settings import Retry
-from tests.governed import authority_fields, intact, journal, query, running, together, until
+from tests.governed import authority_fields, flowing, intact, journal, query, running, together, until
 from tests.laws.world import kill
 from tests.participants import (
+    BUILT_IN,
     Held,
     Irreversible,
+    Local,
     Probed,
     Remote,
     Sender,
@@ -58,25 +59,6 @@ from tests.participants import (
 )
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
-
-BUILT_IN = ("incidents", "policies", "traces")
-
-
-class Local:
-    """A LOCAL domain whose plan is what the test says."""
-
-    def __init__(self, plan: Any, name: str = "book", after: Sequence[str] = ()) -> None:
-        self.name, self.after = name, tuple(after)
-        self.does = plan
-        self.seen: list[RunFacts] = []
-
-    def plan(self, run: RunFacts) -> Sequence[Write]:
-        self.seen.append(run)
-        if isinstance(self.does, BaseException):
-            raise self.does
-        found: Sequence[Write] = self.does
-        return found
-
 
 # -- forward
 
@@ -328,15 +310,6 @@ async def test_an_attempt_that_succeeds_makes_good_for_those_that_failed(
     assert [move for move in moves(sqlite_url) if move.endswith("pay")] == ["intend pay", "done pay"]
 
 
-async def flowing(clock: VirtualClock, work: Any) -> Any:
-    """Await the work while virtual time flows ten times as fast as real time."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        await clock.advance(0.01)
-        await asyncio.sleep(0.001)
-    return await task
-
-
 @pytest.mark.parametrize("what", ["forward", "rollback"])
 async def test_repeats_wait_twice_as_long_each_time_up_to_the_most(
     sqlite_url: str, world: World, what: str, monkeypatch: pytest.MonkeyPatch
@@ -348,9 +321,9 @@ async def test_repeats_wait_twice_as_long_each_time_up_to_the_most(
     pay = Remote(world, attempts=5, forward=away) if what == "forward" else Remote(world, rollback=away)
     no = Remote(world, "no", after=["pay"], forward=refuses() if what == "rollback" else well)
     spine = over(sqlite_url, pay, no, clock=clock, retry=Retry(attempts=5, first_s=0.1, most_s=0.5))
-    async with running(spine):
+    async with running(spine), flowing(clock, times=10):
         with pytest.raises(TransactionFailed):
-            await flowing(clock, complete(spine))
+            await complete(spine)
     deadlines = [effect.deadline for effect in world.effects(what, "pay")]
     gaps = [later - sooner for sooner, later in pairwise(deadlines)]
     assert len(gaps) == 4

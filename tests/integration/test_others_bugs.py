@@ -16,11 +16,13 @@ from spine.kernel.clock import VirtualClock
 from tests.governed import Published, connect, intact, journal, query, running, together, until
 from tests.participants import (
     Held,
+    Pause,
     Remote,
     Sender,
     World,
     acks,
     complete,
+    coordinator,
     failure,
     hang,
     loses,
@@ -34,19 +36,6 @@ from tests.participants import (
 )
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
-
-
-class Pause:
-    """A failpoint that stands still at one moment, once, until it is let go."""
-
-    def __init__(self, moment: str) -> None:
-        self.moment = moment
-        self.reached, self.let_go = asyncio.Event(), asyncio.Event()
-
-    async def __call__(self, moment: str) -> None:
-        if moment == self.moment and not self.reached.is_set():
-            self.reached.set()
-            await self.let_go.wait()
 
 
 @pytest.mark.parametrize(
@@ -364,7 +353,7 @@ async def test_an_event_does_not_overtake_one_that_did_not_fit(
     spine = over(sqlite_url, publisher=publisher)
     async with running(spine):
         busy = asyncio.ensure_future(complete(spine, "busy"))
-        await until(lambda: len(spine._system.supervisor._children["coordinator"].actor._outbox))  # type: ignore[union-attr]
+        await until(lambda: len(coordinator(spine)._outbox))
         await complete(spine, completion_key="one")
         held.set()
         await busy

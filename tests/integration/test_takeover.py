@@ -7,9 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,15 @@ import pytest
 
 from spine import Spine, TransactionFailed
 from spine.kernel.clock import VirtualClock
-from tests.governed import Published, intact, journal, query, running, together, until
+from tests.governed import Published, clock, flowing, intact, journal, query, running, together, until
 from tests.participants import (
     Behaviour,
     Held,
+    Pause,
     Remote,
     World,
     complete,
+    coordinator,
     hang,
     loses,
     moves,
@@ -197,38 +197,9 @@ async def test_a_process_that_was_frozen_finds_its_transaction_taken(
 # -- one that lives, but whose lease is over
 
 
-class Pause:
-    """A failpoint at which one Spine stands still, once, until it is let go."""
-
-    def __init__(self, moment: str) -> None:
-        self.moment = moment
-        self.reached, self.let_go = asyncio.Event(), asyncio.Event()
-
-    async def __call__(self, moment: str) -> None:
-        if moment == self.moment and not self.reached.is_set():
-            self.reached.set()
-            await self.let_go.wait()
-
-
 def late(minutes: float = 10) -> VirtualClock:
     """The clock of a Spine whose lease was over long ago, as everybody else sees it."""
-    return VirtualClock(time.time_ns() // 1000 - round(minutes * 60e6))
-
-
-@asynccontextmanager
-async def flowing(clock: VirtualClock) -> AsyncIterator[None]:
-    """Let virtual time go on about as fast as real time."""
-
-    async def flow() -> None:
-        while True:
-            await clock.advance(0.01)
-            await asyncio.sleep(0.01)
-
-    task = asyncio.create_task(flow())
-    try:
-        yield
-    finally:
-        task.cancel()
+    return clock(ahead_s=-60 * minutes)
 
 
 GOOD = ["step.intend.before", "step.intend.after", "call.forward.before", "call.forward.after", "step.done.before"]
@@ -315,7 +286,7 @@ async def test_a_claim_alone_shuts_the_one_before_out(sqlite_url: str, world: Wo
                 before = journal(sqlite_url)
                 pause.let_go.set()
                 # It finds out with its next move, and then waits for the end like everybody.
-                attempts = old._system.supervisor._children["coordinator"].actor._attempts  # type: ignore[union-attr]
+                attempts = coordinator(old)._attempts
                 await until(lambda: not attempts._sagas)
                 assert journal(sqlite_url) == before
                 claimed.let_go.set()
@@ -364,7 +335,7 @@ async def strand(url: str, world: World, *, attempts: int = 3) -> None:
     await spine.start()
     caller = asyncio.ensure_future(complete(spine))
     await held.reached.wait()
-    saga = next(iter(spine._system.supervisor._children["coordinator"].actor._attempts._sagas.values()))  # type: ignore[union-attr]
+    saga = next(iter(coordinator(spine)._attempts._sagas.values()))
     # As if it ended here: nothing it still does reaches the journal.
     saga._own.recorder.commit = hang  # type: ignore[method-assign]
     saga._write = hang  # type: ignore[method-assign]
