@@ -1,4 +1,4 @@
-"""What tests of transactions with domains outside share."""
+"""What tests in this folder share: systems outside, and how soon the actors look again."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def brief(monkeypatch: pytest.MonkeyPatch, often: None) -> None:
     """A lease that is over soon: a Spine that was stopped in this process counts as living as long as it has one."""
     monkeypatch.setattr("actors.recovery.LEASE_S", 0.1)
     monkeypatch.setattr("actors.outbox.RELOAD_S", 0.05)
+
+
+@pytest.fixture
+def unswept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sweeps in this test."""
+    monkeypatch.setattr("actors.reconciler.SWEEP_S", 1e9)
