@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from spine import Settings, Spine
 from spine.governance.contract import FINALIZE
 from spine.kernel.clock import VirtualClock
-from tests.governed import journal, query
+from tests.governed import clock, journal, query, running
 
 MAIL = ("mail", "send", 5.0)
 SOON = (*FINALIZE, 5.0)
@@ -40,15 +41,22 @@ def named(findings: list[dict[str, Any]]) -> list[str]:
     return [f"{finding['domain']}/{finding['action']}" for finding in findings]
 
 
-def overtake(spine: Spine, work: Callable[[], Awaitable[Any]]) -> None:
-    """Let ``work`` happen after this Spine has read a contract the next time, before it writes."""
-    reader: Any = spine._system.reader
-    read = reader.contract_rows
+@asynccontextmanager
+async def overtaken(url: str, *expectations: tuple[str, str, float]) -> AsyncIterator[tuple[Spine, Spine]]:
+    """Two Spines: once the first has read the contract, whose promises are overdue, the second judges it before it."""
+    moments = clock()
+    slow, fast = make(url, moments), make(url, moments)
+    async with running(slow, fast):
+        await start(slow, *expectations)
+        await moments.advance(6)
+        reader: Any = slow._system.reader
+        read = reader.contract_rows
 
-    async def slowly(run_id: str) -> Any:
-        reader.contract_rows = read
-        rows = await read(run_id)
-        await work()
-        return rows
+        async def slowly(run_id: str) -> Any:
+            reader.contract_rows = read
+            rows = await read(run_id)
+            await fast.reconcile(run_id)
+            return rows
 
-    reader.contract_rows = slowly
+        reader.contract_rows = slowly
+        yield slow, fast

@@ -7,7 +7,7 @@ import pytest
 from spine import Refused, RunFacts, Spine, TransactionFailed, Write
 from spine.governance.contract import Overall
 from tests.governed import clock, intact, journal, query, running, together, until
-from tests.integration.promises import HOUR_US, MAIL, SOON, make, named, overtake, report, start, table, verdicts
+from tests.integration.promises import HOUR_US, MAIL, SOON, make, named, overtaken, report, start, table, verdicts
 from tests.participants import complete
 
 pytestmark = pytest.mark.anyio
@@ -95,12 +95,7 @@ async def test_a_stale_run_that_is_completed_at_last_is_complete(database_url: s
 
 async def test_a_completion_overtaken_by_a_verdict_is_planned_again(database_url: str, unswept: None) -> None:
     """A sweep of another process between its reading and its commit costs a second try, never the completion."""
-    moments = clock()
-    here, there = make(database_url, moments), make(database_url, moments)
-    async with running(here, there):
-        await start(here, MAIL)
-        await moments.advance(6)
-        overtake(here, lambda: there.reconcile("run-1"))
+    async with overtaken(database_url, MAIL) as (here, _):
         await complete(here)
     assert [(verdict["overall"], verdict["due_at"] is None) for verdict in verdicts(database_url)] == [
         ("INCOMPLETE", False),

@@ -9,7 +9,7 @@ import pytest
 from spine import ContractError, Spine
 from spine.governance.contract import FINALIZE
 from tests.governed import clock, intact, journal, query, running, together, until
-from tests.integration.promises import HOUR_US, MAIL, make, named, overtake, report, start, table, verdicts
+from tests.integration.promises import HOUR_US, MAIL, make, named, overtaken, report, start, table, verdicts
 
 pytestmark = pytest.mark.anyio
 
@@ -65,12 +65,7 @@ async def test_a_late_report_makes_good_what_was_missing(database_url: str) -> N
 async def test_a_report_that_was_overtaken_by_a_verdict_is_judged_again_with_it(
     database_url: str, unswept: None
 ) -> None:
-    moments = clock()
-    here, there = make(database_url, moments), make(database_url, moments)
-    async with running(here, there):
-        await start(here, MAIL)
-        await moments.advance(6)
-        overtake(here, lambda: there.reconcile("run-1"))
+    async with overtaken(database_url, MAIL) as (here, _):
         await report(here)
     assert [verdict["overall"] for verdict in verdicts(database_url)] == ["INCOMPLETE", "PENDING"]
     assert len([body for body in journal(database_url, "ack") if body["domain"] == "mail"]) == 1

@@ -13,7 +13,7 @@ from actors import reconciler
 from spine.governance.contract import Overall
 from spine.kernel.errors import JournalUnavailable
 from tests.governed import clock, intact, journal, query, running, together, until
-from tests.integration.promises import HOUR_US, MAIL, SOON, make, named, overtake, report, start, table, verdicts
+from tests.integration.promises import HOUR_US, MAIL, SOON, make, named, overtaken, report, start, table, verdicts
 from tests.laws.world import kill
 
 pytestmark = pytest.mark.anyio
@@ -96,12 +96,7 @@ async def test_a_sweep_that_was_overtaken_between_reading_and_writing_changes_no
     database_url: str, unswept: None
 ) -> None:
     """The compare-and-set on the row it read: the other verdict stands, and is counted by who made it alone."""
-    moments = clock()
-    slow, fast = make(database_url, moments), make(database_url, moments)
-    async with running(slow, fast):
-        await start(slow, SOON)
-        await moments.advance(6)
-        overtake(slow, lambda: fast.reconcile("run-1"))
+    async with overtaken(database_url, SOON) as (slow, fast):
         assert (await slow.reconcile("run-1")).overall is Overall.STALE
         assert [spine.health().contracts["stale"] for spine in (slow, fast)] == [0, 1]
     assert len(verdicts(database_url)) == 1

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from spine import OperationContext, Spine
-from spine.kernel.clock import VirtualClock
 from spine.settings import Settings
+from tests.governed import clock
 from tests.laws.world import assert_intact, file_of, found, rows, unanswered, until
 
 pytestmark = pytest.mark.anyio
@@ -102,8 +102,7 @@ def assert_recorded(told: Told, journal: list[dict[str, Any]]) -> None:
 
 async def recover(url: str) -> None:
     """A later process finds what the dead ones left open; its clock is past their leases."""
-    clock = VirtualClock(time.time_ns() // 1000 + 60_000_000)
-    async with Spine(url, settings=Settings(clock=clock)):
+    async with Spine(url, settings=Settings(clock=clock(ahead_s=60))):
         await until(lambda: not unanswered(rows(url)))
 
 
@@ -216,8 +215,8 @@ async def test_a_process_that_dies_inside_a_handler_leaves_a_decision_that_is_cl
     (decision,) = found(sqlite_url, "decision", decision_id=open_)
     assert (decision["operation"], decision["params"]) == (operation, {"n": 6})
 
-    clock = VirtualClock(time.time_ns() // 1000 + 60_000_000)
-    late = [Spine(sqlite_url, settings=Settings(clock=clock)) for _ in range(2)]
+    later = clock(ahead_s=60)
+    late = [Spine(sqlite_url, settings=Settings(clock=later)) for _ in range(2)]
     again: list[int] = []
     for spine in late:
 

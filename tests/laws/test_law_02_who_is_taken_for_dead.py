@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from spine import OperationContext, Spine
-from spine.kernel.clock import VirtualClock
 from spine.settings import Settings
+from tests.governed import clock
 from tests.laws.world import assert_intact, file_of, found, rows, unanswered, until
 
 pytestmark = pytest.mark.anyio
@@ -25,8 +25,7 @@ async def test_the_decisions_of_a_process_that_lives_are_left_alone(sqlite_url: 
     Not even when the first one's lease has run out, as of a process that was held up: it is known to live.
     """
     release = asyncio.Event()
-    clock = VirtualClock(time.time_ns() // 1000 + ahead_s * 1_000_000)
-    first, second = Spine(sqlite_url), Spine(sqlite_url, settings=Settings(clock=clock))
+    first, second = Spine(sqlite_url), Spine(sqlite_url, settings=Settings(clock=clock(ahead_s)))
 
     @first.operation("work.long")
     async def long(ctx: OperationContext) -> None:
@@ -72,8 +71,7 @@ async def test_an_operation_that_ends_after_it_was_taken_for_dead_is_recorded_as
 ) -> None:
     """Of another machine only the lease tells. Its late end is not lost: the journal and ``why`` have it."""
     release = asyncio.Event()
-    clock = VirtualClock(time.time_ns() // 1000 + 60_000_000)
-    first, second = Spine(sqlite_url), Spine(sqlite_url, settings=Settings(clock=clock))
+    first, second = Spine(sqlite_url), Spine(sqlite_url, settings=Settings(clock=clock(ahead_s=60)))
 
     @first.operation("work.long", durability=durability)
     async def long(ctx: OperationContext) -> None:
