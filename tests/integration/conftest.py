@@ -1,4 +1,4 @@
-"""What tests in this folder share: systems outside, and how soon the actors look again."""
+"""What tests of transactions with domains outside share."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ def world() -> World:
 
 
 @pytest.fixture
+def unswept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sweeps in this test."""
+    monkeypatch.setattr("actors.reconciler.SWEEP_S", 1e9)
+
+
+@pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is stranded is looked for without waiting long, and a stop waits less for what does not end."""
     monkeypatch.setattr("actors.takeover.TICK_S", 0.02)
@@ -25,9 +31,3 @@ def brief(monkeypatch: pytest.MonkeyPatch, often: None) -> None:
     """A lease that is over soon: a Spine that was stopped in this process counts as living as long as it has one."""
     monkeypatch.setattr("actors.recovery.LEASE_S", 0.1)
     monkeypatch.setattr("actors.outbox.RELOAD_S", 0.05)
-
-
-@pytest.fixture
-def unswept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody sweeps in this test."""
-    monkeypatch.setattr("actors.reconciler.SWEEP_S", 1e9)
