@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import time
@@ -77,6 +78,27 @@ async def until(true: Callable[[], Any], *, within_s: float = 15.0, clock: Virtu
     while not true():
         assert time.monotonic() < give_up, "the condition never held"
         await (anyio.sleep(0.005) if clock is None else clock.advance(1))
+
+
+def clock(ahead_s: float = 0) -> VirtualClock:
+    """A clock of the test's own, which stands at this moment, or so far from it."""
+    return VirtualClock(time.time_ns() // 1000 + round(ahead_s * 1e6))
+
+
+@asynccontextmanager
+async def flowing(clock: VirtualClock, *, times: float = 1) -> AsyncIterator[None]:
+    """Let virtual time go on about as fast as real time, or so many times as fast."""
+
+    async def flow() -> None:
+        while True:
+            await clock.advance(0.01)
+            await asyncio.sleep(0.01 / times)
+
+    task = asyncio.create_task(flow())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 async def together(*work: Callable[[], Awaitable[Any]]) -> list[Any]:

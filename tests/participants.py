@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from spine import Refused, Settings, Spine, TransactionFailed, TransactionResult
+from spine import Refused, RunFacts, Settings, Spine, TransactionFailed, TransactionResult, Write
 from spine.effects import Effect
 from spine.settings import Retry
 from tests.governed import Published, journal, query
 
 QUICKLY = Retry(attempts=3, first_s=0.001, most_s=0.002)
+
+# The domains that take part in every completion.
+BUILT_IN = ("incidents", "policies", "traces")
 
 # How a system behaves when it is asked; ``do`` does what it was asked for and gives the answer.
 Do = Callable[[], Any]
@@ -213,11 +216,45 @@ class Sender:
         await self.posts(lambda: self.world.live.update({effect.id: self.name}))
 
 
+class Local:
+    """A LOCAL domain whose plan is what the test says: the writes, an error, or a function of the run."""
+
+    def __init__(self, plan: Any, name: str = "book", *, after: Sequence[str] = ()) -> None:
+        self.name, self.after = name, tuple(after)
+        self.does = plan
+        self.seen: list[RunFacts] = []
+
+    def plan(self, run: RunFacts) -> Sequence[Write]:
+        self.seen.append(run)
+        if isinstance(self.does, BaseException):
+            raise self.does
+        found: Sequence[Write] = self.does(run) if callable(self.does) else self.does
+        return found
+
+
+class Pause:
+    """A failpoint at which a Spine stands still, once, until it is let go."""
+
+    def __init__(self, moment: str) -> None:
+        self.moment = moment
+        self.reached, self.let_go = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, moment: str) -> None:
+        if moment == self.moment and not self.reached.is_set():
+            self.reached.set()
+            await self.let_go.wait()
+
+
 def over(url: str, *domains: Any, publisher: Any = None, **settings: Any) -> Spine:
     """A Spine that tries again without waiting long."""
     return Spine(
         url, domains=domains, publisher=publisher or Published(), settings=Settings(**{"retry": QUICKLY, **settings})
     )
+
+
+def coordinator(spine: Spine) -> Any:
+    """The coordinator that runs now."""
+    return spine._system.supervisor._children["coordinator"].actor  # type: ignore[union-attr]
 
 
 async def complete(spine: Spine, run_id: str = "run-1", status: str = "succeeded", **call: Any) -> TransactionResult:

@@ -15,6 +15,12 @@ def world() -> World:
 
 
 @pytest.fixture
+def unswept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sweeps in this test."""
+    monkeypatch.setattr("actors.reconciler.SWEEP_S", 1e9)
+
+
+@pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is stranded is looked for without waiting long, and a stop waits less for what does not end."""
     monkeypatch.setattr("actors.takeover.TICK_S", 0.02)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -13,6 +13,7 @@ from spine import Effect, Event, Refused, RunFacts, Spine, Write
 from spine.kernel.errors import ConfigurationError
 from tests.governed import Published, intact, journal, query, running, until
 from tests.participants import (
+    Local,
     Remote,
     Sender,
     World,
@@ -52,17 +53,6 @@ class Thorny(Mapping[str, Any]):
         return 1
 
 
-class Planner:
-    name, after = "planner", ("pay",)
-
-    def __init__(self, plan: Any) -> None:
-        self.does = plan
-
-    def plan(self, run: RunFacts) -> Sequence[Write]:
-        found: Sequence[Write] = self.does(run)
-        return found
-
-
 async def test_a_refusal_without_code_and_reason_is_a_refusal(sqlite_url: str, world: World) -> None:
     """Out of forward, plan and rollback alike: undone or parked, and recorded with what there is to say."""
 
@@ -72,7 +62,7 @@ async def test_a_refusal_without_code_and_reason_is_a_refusal(sqlite_url: str, w
     for n, domains in enumerate(
         [
             [Remote(world, forward=raises(Wordless()))],
-            [Remote(world), Planner(no)],
+            [Remote(world), Local(no, "planner", after=["pay"])],
             [Remote(world, rollback=raises(Wordless())), Remote(world, "no", after=["pay"], forward=refuses())],
         ]
     ):
@@ -123,7 +113,8 @@ async def test_what_a_domain_changes_in_what_it_is_given_reaches_nobody(sqlite_u
 
     publisher = Greedy()
     mail = Meddling(world, post=then(raises(OSError()), well))
-    spine = over(sqlite_url, Remote(world, forward=returns({"id": "p-1"})), Planner(meddle), mail, publisher=publisher)
+    pay, planner = Remote(world, forward=returns({"id": "p-1"})), Local(meddle, "planner", after=["pay"])
+    spine = over(sqlite_url, pay, planner, mail, publisher=publisher)
     async with running(spine):
         done = await complete(spine)
         await until(lambda: len(descriptors) == 2 and publisher.events)

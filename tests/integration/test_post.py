@@ -9,9 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from spine import (
-    Spine,
-)
+from spine import Spine
 from spine.domains import effect_id
 from tests.governed import Published, intact, journal, query, running, until
 from tests.participants import (
@@ -20,6 +18,7 @@ from tests.participants import (
     World,
     acks,
     complete,
+    coordinator,
     failure,
     hang,
     loses,
@@ -144,7 +143,7 @@ async def test_a_post_that_is_pending_survives_a_restart(sqlite_url: str, world:
     async with running(first):
         if not named:
             # As when the process dies between its commit and its first publication.
-            first._system.supervisor._children["coordinator"].actor._outbox.deliver = lambda *_, **__: asyncio.Future()  # type: ignore[union-attr]
+            coordinator(first)._outbox.deliver = lambda *_, **__: asyncio.Future()
         with anyio.move_on_after(0.5 if not named else 10):
             assert (await complete(first)).phase == "COMMITTED"
     assert acks(sqlite_url, "mail") == []

@@ -1,0 +1,158 @@
+"""What domains report to a run's audit contract: recorded with the verdict it brings about, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from spine import ContractError, Spine
+from spine.governance.contract import FINALIZE
+from tests.governed import clock, intact, journal, query, running, together, until
+from tests.integration.promises import HOUR_US, MAIL, make, named, overtaken, report, start, table, verdicts
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_report_is_recorded_with_the_verdict_it_brings_about(database_url: str) -> None:
+    """Failed, taken back, delivered again: each time in the commit of the report itself."""
+    async with running(spine := Spine(database_url)):
+        await start(spine, MAIL)
+        await report(spine, "FAILED", error="no such address")
+        assert table(database_url) == [("run-1", "INCOMPLETE")]
+        assert [str(finding) for finding in (await spine.reconcile("run-1")).failed] == [
+            "mail/send failed: no such address"
+        ]
+        await report(spine, result_id="m1")
+        assert table(database_url) == [("run-1", "PENDING")]
+        await report(spine, "ROLLED_BACK", result_id="m1", error="recalled")
+        assert table(database_url) == [("run-1", "INCOMPLETE")]
+        assert named(verdicts(database_url)[-1]["failed"]) == ["mail/send"]
+        await report(spine, result_id="m2")
+        assert table(database_url) == [("run-1", "PENDING")]
+    units = {body["unit"]: body["seq"] for body in journal(database_url, "ack")}
+    assert all(units[verdict["unit"]] == verdict["seq"] - 1 for verdict in verdicts(database_url))
+    acks = [body for body in journal(database_url, "ack") if body["domain"] == "mail"]
+    assert [(body["status"], body["result_id"], body["error"], body["tx_id"]) for body in acks] == [
+        ("FAILED", None, "no such address", None),
+        ("SUCCESS", "m1", None, None),
+        ("ROLLED_BACK", "m1", "recalled", None),
+        ("SUCCESS", "m2", None, None),
+    ]
+    intact(database_url)
+
+
+async def test_a_report_nobody_promised_is_drift(database_url: str) -> None:
+    async with running(spine := Spine(database_url)):
+        await start(spine)
+        await report(spine)
+        assert verdicts(database_url) == [], "drift alone makes no other verdict"
+        found = await spine.reconcile("run-1")
+        assert [str(finding) for finding in found.drift] == ["mail/send drift"]
+    intact(database_url)
+
+
+async def test_a_late_report_makes_good_what_was_missing(database_url: str) -> None:
+    moments = clock()
+    async with running(spine := make(database_url, moments)):
+        await start(spine, MAIL)
+        await until(lambda: table(database_url) == [("run-1", "INCOMPLETE")], clock=moments)
+        await report(spine)
+        assert table(database_url) == [("run-1", "PENDING")]
+    intact(database_url)
+
+
+async def test_a_report_that_was_overtaken_by_a_verdict_is_judged_again_with_it(
+    database_url: str, unswept: None
+) -> None:
+    async with overtaken(database_url, MAIL) as (here, _):
+        await report(here)
+    assert [verdict["overall"] for verdict in verdicts(database_url)] == ["INCOMPLETE", "PENDING"]
+    assert len([body for body in journal(database_url, "ack") if body["domain"] == "mail"]) == 1
+    intact(database_url)
+
+
+async def test_reports_of_one_run_at_once_all_count(database_url: str) -> None:
+    """They contend for the run's one verdict, from two processes' Spines; none is lost."""
+    here, there = Spine(database_url), Spine(database_url)
+    names = [f"d{n}" for n in range(10)]
+    async with running(here, there):
+        await start(here, *((name, "send", 5.0 + n) for n, name in enumerate(names)))
+        await together(
+            *(lambda n=n, name=name: report((here, there)[n % 2], domain=name) for n, name in enumerate(names))
+        )
+        found = await here.reconcile("run-1")
+        assert not {finding.domain for finding in found.pending} & set(names)
+    (started,) = journal(database_url, "run.started")
+    assert query(database_url, "SELECT due_at FROM contracts") == [(started["at"] + HOUR_US,)]
+    intact(database_url)
+
+
+async def test_a_report_is_taken_whatever_the_governance_state(sqlite_url: str) -> None:
+    async with running(spine := Spine(sqlite_url)):
+        await start(spine, MAIL)
+        await spine.halt(reason="an exercise", actor="ann")
+        await report(spine)
+        assert (await spine.reconcile("run-1")).failed == ()
+    assert len(journal(sqlite_url, "ack")) == 2
+
+
+HOSTILE = [
+    ({"run_id": ""}, "run_id"),
+    ({"run_id": None}, "run_id"),
+    ({"run_id": "a\x00b"}, "run_id"),
+    ({"tenant_id": ""}, "tenant_id"),
+    ({"tenant_id": 5}, "tenant_id"),
+    ({"domain": " "}, "domain"),
+    ({"domain": None}, "domain"),
+    ({"domain": "x" * 10_000}, "domain"),
+    ({"domain": "\ud800"}, "domain"),
+    ({"action": ""}, "action"),
+    ({"action": b"send"}, "action"),
+    ({"action": "a\nb"}, "action"),
+    ({"status": "success"}, "status"),
+    ({"status": ""}, "status"),
+    ({"status": None}, "status"),
+    ({"status": "x" * 100_000}, "status"),
+    ({"status": ["SUCCESS"]}, "status"),
+    ({"result_id": ""}, "result_id"),
+    ({"result_id": 7}, "result_id"),
+    ({"result_id": "a\x00b"}, "result_id"),
+    ({"error": ValueError("no")}, "error"),
+    ({"domain": FINALIZE[0], "action": FINALIZE[1]}, "acknowledged by the completion itself"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "names"), HOSTILE)
+async def test_a_report_that_cannot_be_recorded_is_refused_by_name(
+    sqlite_url: str, wrong: dict[str, Any], names: str
+) -> None:
+    async with running(spine := Spine(sqlite_url)):
+        await start(spine, MAIL)
+        with pytest.raises(ContractError, match=names) as told:
+            await report(spine, **wrong)
+        assert told.value.code == "INVALID_PARAMS"
+        assert len(str(told.value)) < 1_000
+        assert spine.health().restarts == 0
+    assert [body["domain"] for body in journal(sqlite_url, "ack")] == ["logs"]
+    intact(sqlite_url)
+
+
+async def test_a_report_about_anothers_run_or_none_is_refused(database_url: str) -> None:
+    async with running(spine := Spine(database_url)):
+        await start(spine, MAIL)
+        for wrong, code in (({"tenant_id": "other"}, "TENANT_MISMATCH"), ({"run_id": "lost"}, "UNKNOWN_RUN")):
+            with pytest.raises(ContractError) as told:
+                await report(spine, **wrong)
+            assert told.value.code == code
+        assert (await spine.start_run("lost", tenant_id="other")).allowed, "the refusal starts nothing"
+    assert [body["domain"] for body in journal(database_url, "ack")] == ["logs", "logs"]
+
+
+async def test_a_long_or_odd_error_text_is_kept_bounded(database_url: str) -> None:
+    async with running(spine := Spine(database_url)):
+        await start(spine, MAIL)
+        await report(spine, "FAILED", error="no\x00 \ud800" + "x" * 100_000)
+        (finding,) = (await spine.reconcile("run-1")).failed
+    assert finding.error is not None and len(finding.error) < 5_000
+    intact(database_url)
