@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from spine import ContractError, Spine
+from spine import ContractError, Spine, TransactionFailed
 from spine.governance.contract import FINALIZE
 from tests.governed import clock, intact, journal, query, running, together, until
 from tests.integration.promises import HOUR_US, MAIL, make, named, overtaken, report, start, table, verdicts
+from tests.participants import complete
 
 pytestmark = pytest.mark.anyio
 
@@ -39,6 +40,25 @@ async def test_a_report_is_recorded_with_the_verdict_it_brings_about(database_ur
         ("ROLLED_BACK", "m1", "recalled", None),
         ("SUCCESS", "m2", None, None),
     ]
+    intact(database_url)
+
+
+async def test_the_last_report_counts_also_for_a_run_that_is_bound_to_its_contract(database_url: str) -> None:
+    """Taken back and delivered again it may commit; what fails after that makes it incomplete."""
+    async with running(spine := Spine(database_url)):
+        await spine.start_run("run-1", tenant_id="acme", expectations=[MAIL], block_unmet=True)
+        await report(spine)
+        await report(spine, "ROLLED_BACK")
+        with pytest.raises(TransactionFailed, match="mail/send failed: rolled back"):
+            await complete(spine)
+        await report(spine)
+        await complete(spine)
+        assert table(database_url) == [("run-1", "COMPLETE")]
+        await report(spine, "FAILED", error="bounced")
+        assert table(database_url) == [("run-1", "INCOMPLETE")]
+        assert [str(finding) for finding in (await spine.reconcile("run-1")).failed] == ["mail/send failed: bounced"]
+        contract = (await spine.why("run-1")).to_dict()["contract"]
+        assert {entry["domain"]: entry["status"] for entry in contract["expectations"]}["mail"] == "failed"
     intact(database_url)
 
 
