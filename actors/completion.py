@@ -9,7 +9,8 @@ from typing import Any
 
 from actors.records import text
 from actors.verdicts import lacking
-from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, said_by
+from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, said_by
+from spine.domains import Part as Part  # noqa: PLC0414  exported: plans are made of parts
 from spine.explain.story import JournalRow
 from spine.governance.contract import FINALIZE, AckStatus
 from spine.governance.params import id_problem
@@ -131,22 +132,6 @@ class Plan:
                 other.name: copied(dict(other.result)) for other in self.steps[: step.n] if other.result is not None
             },
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A participant as every plan needs it, looked at once."""
-
-    name: str
-    cls: DomainClass
-    action: str
-    after: tuple[str, ...]
-    domain: Participant
-
-
-def parts_of(participants: Sequence[Participant]) -> tuple[Part, ...]:
-    """The participants in their order."""
-    return tuple(Part(d.name, class_of(d), action_of(d), tuple(d.after), d) for d in participants)
 
 
 def steps_of(parts: Sequence[Part], tx_id: str) -> list[Step]:

@@ -73,8 +73,8 @@ class Runs:
     ) -> None:
         """Record what ``domain`` reports of ``action``; ``status`` is SUCCESS, FAILED or ROLLED_BACK.
 
-        ROLLED_BACK takes back the SUCCESS that was reported with the same ``result_id``. Raises ``ContractError`` for a
-        run or a value that is not taken, and ``JournalError``.
+        The last word counts: FAILED and ROLLED_BACK take back the SUCCESS with the same ``result_id``, or every one
+        where they name none. Raises ``ContractError`` for a run or a value that is not taken, and ``JournalError``.
         """
         await self.ask(Acknowledge(run_id, tenant_id, domain, action, status, result_id, error))
 

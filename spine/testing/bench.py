@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from uuid import NAMESPACE_OID, uuid5
 
-from spine.domains import RunFacts, class_of, effect_id
+from spine.domains import RunFacts, effect_id, part_of
 from spine.effects import APPLIED, STATUSES, Effect, attempts_of, timeout_of
 from spine.governance.recordable import recorded
 from spine.governance.transactions import DomainClass
@@ -126,16 +126,16 @@ class Bench:
         if self.restarted is None:
             return self.domain
         try:
-            made: Any = self.restarted()
-            cls = class_of(made)
+            made = self.restarted()
+            part = part_of(made)
         except ConfigurationError as error:
             raise ConfigurationError(f"restarted= gave no domain: {error}; {ANEW}") from error
         except Exception as error:
             raise ConfigurationError(f"restarted= failed: {describe(error)}; {ANEW}") from error
         if made is self.domain:
             raise ConfigurationError(f"restarted= gave the very object that is checked; {ANEW}")
-        if (made.name, cls) != (self.domain.name, self.cls):
-            raise ConfigurationError(f"restarted= gave {cls.value} domain {made.name!r}; {ANEW}")
+        if (part.name, part.cls) != (self.domain.name, self.cls):
+            raise ConfigurationError(f"restarted= gave {part.cls.value} domain {part.name!r}; {ANEW}")
         return made
 
     def start(self, what: str, effect: Effect, *, by: object = None, cut_at: int = 0, hold_at: int = 0) -> Call:

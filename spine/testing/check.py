@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from spine.domains import BuiltIn, RunFacts, class_of
+from spine.domains import BuiltIn, RunFacts, part_of
 from spine.effects import reversible
 from spine.governance.transactions import DomainClass
 from spine.kernel.errors import ConfigurationError
@@ -64,7 +64,7 @@ async def check_domain(
 
 
 def _declared(domain: object) -> DomainClass:
-    cls = class_of(domain)
+    cls = part_of(domain).cls
     if isinstance(domain, BuiltIn):
         raise Broken("it is built in: Spine's own tests check it")
     if cls is DomainClass.EXTERNAL and not reversible(domain):
