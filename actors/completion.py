@@ -238,15 +238,14 @@ def _ask(step: Step, facts: RunFacts) -> None:
     step.writes = writes
 
 
-def guard_failed(plan: Plan, guard: str, found: int, required: int) -> None:
-    """A user's write did not change what it must: fail the domain it belongs to."""
+def guard_failed(plan: Plan, guard: str, found: int | None, required: int) -> None:
+    """A user's write failed, or did not change what it must: fail the domain it belongs to."""
     number = int(guard.removeprefix(WRITE_GUARD).partition(":")[0])
     for step in plan.steps:
         if number < len(step.writes):
-            counted = guard.endswith(step.writes[number].sql)
-            error = f"its write changed {found} rows where {required} are required" if counted else "its write failed"
+            wrong = "failed" if found is None else f"changed {found} rows where {required} are required"
             step.state = StepState.INTENT
-            fail(plan, step, StepState.REFUSED, "WRITE_GUARD", f"{error} ({guard})", None)
+            fail(plan, step, StepState.REFUSED, "WRITE_GUARD", f"its write {wrong} ({guard})", None)
             return
         number -= len(step.writes)
     raise SpineError(f"transaction {plan.tx_id}: {guard} belongs to no domain")
