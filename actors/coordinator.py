@@ -132,7 +132,7 @@ class Coordinator(Actor):
         self._parking = Parking(
             deps.exchange, own.recorder, own.source, own.parts, instance=deps.instance, failpoint=own.failpoint
         )
-        self._reports = Reports(deps, own.recorder)
+        self._reports = Reports(deps, own.recorder, own.parts)
         self._housekeeping: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:

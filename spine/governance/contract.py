@@ -14,6 +14,8 @@ from spine.kernel.messages import Request
 Key = tuple[str, str]
 START_TRACE: Final = ("logs", "start_trace")
 FINALIZE: Final = ("orchestrator", "finalize_run")
+# How many promises of its own a run may start with.
+EXPECTATIONS_MOST: Final = 200
 # What a contract stands at until something but the time left to it decides.
 PENDING: Final = "PENDING"
 # The journal rows that tell of a run's contract.
