@@ -17,7 +17,7 @@ from spine.governance.failpoints import Failpoint, of_tx
 from spine.governance.parking import ResolveTransaction, RetryTransaction, validate
 from spine.governance.transactions import TxState
 from spine.governance.units import Committed, GuardFailed, Record
-from spine.kernel.errors import ConfigurationError, JournalUnavailable
+from spine.kernel.errors import ConfigurationError, DeadlineExceeded, JournalUnavailable
 from spine.kernel.exchange import Exchange
 from spine.kernel.messages import Envelope
 
@@ -47,7 +47,10 @@ class Parking:
         self._failpoint = failpoint
 
     async def resolve(self, envelope: Envelope, request: ResolveTransaction) -> dict[str, Any]:
-        """End a parked transaction that was undone by hand. Raises ConfigurationError or JournalUnavailable."""
+        """End a parked transaction that was undone by hand, with the verdict over its run's contract that follows.
+
+        Raises ConfigurationError, JournalUnavailable or DeadlineExceeded.
+        """
         plan = await self._parked(request)
         rows = records.resolved(
             plan,
@@ -56,9 +59,13 @@ class Parking:
             reason=request.reason,
             actor=request.actor,
         )
-        known = await self._source.contract_rows(plan.request.run_id)
-        await self._write(envelope, plan, "resolve", with_verdict(rows, known, at=self._exchange.clock.time_us()))
-        return _told(plan)
+        while not envelope.done:
+            known = await self._source.contract_rows(plan.request.run_id)
+            judged = with_verdict(rows, known, at=self._exchange.clock.time_us())
+            if await self._write(envelope, plan, "resolve", judged):
+                return _told(plan)
+            # Somebody judged the run between the reading and the commit: their verdict is the one to replace.
+        raise DeadlineExceeded(f"transaction {plan.tx_id} was not moved before the deadline: try again")
 
     async def retry(self, envelope: Envelope, request: RetryTransaction) -> dict[str, Any]:
         """Have the rollbacks tried again, by whoever has the domains. Raises ConfigurationError, JournalUnavailable."""
@@ -87,13 +94,17 @@ class Parking:
             )
         return reload(await self._source.run_rows(row.run_id, *KINDS), row, self._parts, self._instance)
 
-    async def _write(self, envelope: Envelope, plan: Plan, move: str, rows: Sequence[Record]) -> None:
+    async def _write(self, envelope: Envelope, plan: Plan, move: str, rows: Sequence[Record]) -> bool:
+        """Have a move committed; ``False`` when its verdict was overtaken by another one."""
         await self._failpoint(f"{of_tx(move)}.before")
         outcome = await self._recorder.commit(rows, run_id=plan.request.run_id, parent=envelope)
         match outcome:
             case Committed():
                 await self._failpoint(f"{of_tx(move)}.after")
-            case GuardFailed():
+                return True
+            case GuardFailed() if outcome.of_verdict:
+                return False
+            case GuardFailed() if not outcome.of_record:
                 raise ConfigurationError(
                     f"transaction {plan.tx_id} was moved on by somebody else: see `spine why {plan.request.run_id}`"
                 )

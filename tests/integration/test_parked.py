@@ -10,7 +10,9 @@ import pytest
 
 from spine import Refused, RunFacts, Spine, Write
 from spine.kernel.errors import ConfigurationError
-from tests.governed import intact, journal, query, running, together, until
+from spine.settings import Retry
+from tests.governed import clock, intact, journal, query, running, together, until
+from tests.integration.promises import named, overtake, start, verdicts
 from tests.participants import (
     Probed,
     Remote,
@@ -250,6 +252,24 @@ async def test_a_retry_is_carried_out_by_whichever_spine_has_the_domains(sqlite_
         await console.retry(tx_id, reason="try again", actor="op")
         await until(lambda: transactions(sqlite_url) == ["ABORTED"], within_s=5)
     assert world.standing() == []
+
+
+async def test_a_verdict_that_overtakes_an_operators_evidence_costs_it_nothing(
+    database_url: str, world: World, unswept: None
+) -> None:
+    """Somebody judges the run between its reading and its commit: it is read again, and nobody is blamed."""
+    moments = clock()
+    spine, _ = stubborn(database_url, world, clock=moments, retry=Retry(attempts=1))
+    async with running(spine, other := over(database_url, clock=moments)):
+        await start(spine, ("mail", "send", 0.01))
+        tx_id = await parked(spine)
+        await moments.advance(0.02)
+        overtake(spine, other)
+        await spine.resolve(tx_id, evidence="the receipt", reason="r", actor="op")
+        assert transactions(database_url) == ["ABORTED_MANUAL"]
+    assert [named(verdict["missing"]) for verdict in verdicts(database_url)] == [[], ["mail/send"]]
+    assert len(journal(database_url, "tx.resolved")) == 1
+    intact(database_url)
 
 
 async def test_a_domain_may_refuse_completions_while_one_of_its_rollbacks_is_parked(
