@@ -11,14 +11,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors import transaction_records as records
-from actors.completion import Plan, Step, as_json, check_contract, described, fail, fail_with, guard_failed, prepare
+from actors.completion import (
+    Plan,
+    Step,
+    as_json,
+    check_contract,
+    described,
+    fail,
+    fail_with,
+    give_up,
+    guard_failed,
+    prepare,
+    stood_on,
+)
 from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
 from actors.recorder import Recorder
 from actors.records import text
 from actors.rows import ContractRows
 from actors.transaction_log import TransactionLog
 from actors.verdicts import with_verdict
-from spine.domains import Refused, said_by
+from spine.domains import BuiltIn, Refused, said_by
 from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
 from spine.governance.recordable import copied
@@ -32,6 +44,9 @@ from spine.kernel.restart import backoff
 from spine.kernel.tasks import cancelling
 from spine.publisher import Event
 from spine.settings import Retry
+
+# So many drivers may end in a row, without bringing a transaction further, before the next does not try it once more.
+STALLED_MOST = 10
 
 
 class Lost(SpineError):
@@ -97,7 +112,9 @@ class Saga:
     async def _forward(self) -> None:
         plan = self.plan
         for step in plan.steps:
-            if step.external:
+            if self._stalled(step):
+                give_up(plan, step, f"{self._ended()} where domain {step.name!r} was next")
+            elif step.external:
                 await self._forward_step(step)
             else:
                 prepare(plan, step)
@@ -114,8 +131,8 @@ class Saga:
         plan = self.plan
         if step.state is StepState.DONE:
             return
-        # A transaction that was taken over may have been sent before: each epoch stands for one attempt at least.
-        sent = plan.epoch - 1 if step.state is StepState.INTENT else 0
+        # Each driver that ended after the intent stands for one attempt at least.
+        sent = plan.stalled if step.state is StepState.INTENT else 0
         if step.state is StepState.PLANNED:
             try:
                 step.descriptor = described(plan, step)
@@ -144,23 +161,21 @@ class Saga:
             return
         at = self._clock.time_us()
         done = records.moved(plan, step, "done", at, result=step.result)
-        told = [records.delivered(plan, step, at)] if records.acknowledged_at_once(step) else []
+        told = [records.delivered(plan, step, at)] if records.acknowledged_at_once(plan, step) else []
         await self._move(step, "done", [done, *told])
 
     async def _send(self, step: Step, sent: int) -> Answer:
         """Call the domain until it answers or its attempts are used up."""
-        domain, allowed = step.domain, attempts_of(step.domain)
         if sent and await self._status(step) == TOMBSTONED:
             return Unanswered("TOMBSTONED", f"domain {step.name!r} has undone this effect already")
         answer: Answer = Unanswered(INTERRUPTED, f"the process ended before domain {step.name!r} had answered")
-        for attempt in range(sent + 1, allowed + 1):
+        for attempt in range(sent + 1, attempts_of(step.domain) + 1):
             if attempt > sent + 1:
                 await self._pause(attempt - 1)
             answer = await self._ask("forward", step, attempt)
             if not isinstance(answer, Unanswered) or self._stopping:
                 break
             self._fault("spine.effect.unanswered", step, answer, attempt)
-        assert domain is not None
         return answer
 
     async def _commit_point(self) -> None:
@@ -215,15 +230,22 @@ class Saga:
     async def _undo(self, step: Step, reason: str) -> bool:
         """Roll one step back, with backoff; ``False`` when it is parked."""
         plan, again = self.plan, step.state in (StepState.RB_INTENT, StepState.PARKED)
+        given_up = step.state is StepState.RB_INTENT and self._stalled(step)
         if step.state is not StepState.RB_INTENT:
             intent = records.moved(plan, step, "undo", self._clock.time_us())
             await self._move(step, "undo", [intent])
-        attempts, said = 0, "TOMBSTONED"
-        if not again or await self._status(step) != TOMBSTONED:
-            attempts, said = await self._roll_back(step)
+        attempts: int | None
+        if given_up:
+            attempts = None
+            step.code, step.error = INTERRUPTED, f"{self._ended()} where domain {step.name!r} was asked to undo it"
+        elif again and await self._status(step) == TOMBSTONED:
+            attempts = 0
+        else:
+            attempts = await self._roll_back(step)
         at = self._clock.time_us()
-        if not said:
-            parked = records.moved(plan, step, "park", at, attempts=attempts)
+        if attempts is None:
+            tried = plan.stalled if given_up else self._own.retry.attempts
+            parked = records.moved(plan, step, "park", at, attempts=tried)
             await self._move(step, "park", [parked])
             return False
         undone = records.rolled_back(plan, step, at, reason=reason, attempts=attempts)
@@ -231,24 +253,32 @@ class Saga:
         self._own.counts["compensated"] += 1
         return True
 
-    async def _roll_back(self, step: Step) -> tuple[int, str]:
-        """Call the domain until it has undone the effect; how often, and empty when it never did."""
-        if step.tried >= self._own.retry.attempts:
-            step.code = INTERRUPTED
-            step.error = f"{step.tried} processes ended while domain {step.name!r} was asked to undo it"
-        for attempt in range(step.tried + 1, self._own.retry.attempts + 1):
+    async def _roll_back(self, step: Step) -> int | None:
+        """Call the domain until it has undone the effect; at which attempt it did, ``None`` when it never did."""
+        for attempt in range(1, self._own.retry.attempts + 1):
             if attempt > 1:
                 await self._pause(attempt - 1)
             answer = await self._ask("rollback", step, attempt)
             if isinstance(answer, Answered):
-                return attempt, "undone"
+                return attempt
             self._fault("spine.rollback.failed", step, answer, attempt)
-            step.code, step.error = _said(answer)
             if self._stopping:
                 raise Lost(
                     f"the Spine stops: the rollback of {step.name!r} in {self.plan.tx_id} goes on after the start"
                 )
-        return self._own.retry.attempts, ""
+            code, step.hiccup = _said(answer)
+            if attempt == self._own.retry.attempts:
+                # It will be parked, and this is why; a step that is undone keeps what it failed with itself.
+                step.code, step.error = code, step.hiccup
+        return None
+
+    def _stalled(self, step: Step) -> bool:
+        """Whether so many have ended where this step is next that it is not tried once more."""
+        foreign = step.state is not StepState.DONE and not isinstance(step.domain, BuiltIn)
+        return foreign and self.plan.stalled >= STALLED_MOST
+
+    def _ended(self) -> str:
+        return f"{self.plan.stalled} processes in a row ended, or lost the transaction,"
 
     # -- the edge
 
@@ -319,6 +349,7 @@ class Saga:
             return outcome
         if not isinstance(outcome, Committed):
             raise Lost(f"transaction {self.plan.tx_id}: {moments[-1]} was not recorded: {outcome}")
+        self.plan.stalled = 0
         await self._pass(moments, "after")
         return None
 
@@ -341,19 +372,6 @@ class Saga:
             code=code,
             error=error,
         )
-
-
-def stood_on(steps: Sequence[Step], standing: Sequence[Step]) -> set[str]:
-    """The names of the domains that those ``standing`` came after, directly or by way of others."""
-    after = {step.name: step.after for step in steps}
-    found: set[str] = set()
-    waiting = [name for step in standing for name in step.after]
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting.extend(after.get(name, ()))
-    return found
 
 
 def _said(answer: Refused | Unanswered) -> tuple[str, str]:
