@@ -11,11 +11,12 @@ from actors import completion, endings
 from actors import transaction_records as records
 from actors.completion import Part, Plan
 from actors.dependencies import Dependencies
+from actors.moves import Driving, Lost
 from actors.outbox import Outbox
 from actors.records import flat_text
 from actors.refusals import Refusals
 from actors.rows import ContractRows, RunRows, TransactionRow
-from actors.saga import Driving, Lost, Saga
+from actors.saga import Saga
 from actors.starts import implicit_start
 from actors.verdicts import with_verdict
 from spine.governance.authority import check_start

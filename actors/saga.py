@@ -7,8 +7,6 @@ reverse, repeated with backoff and parked where it fails. What another process h
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from actors import transaction_records as records
 from actors.completion import (
@@ -24,48 +22,22 @@ from actors.completion import (
     prepare,
     stood_on,
 )
-from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
-from actors.recorder import Recorder
+from actors.effect_calls import Answer, Answered, Unanswered
+from actors.moves import Driving, Lost, Moves
 from actors.records import text
-from actors.rows import ContractRows
-from actors.transaction_log import TransactionLog
-from actors.verdicts import with_verdict
 from spine.domains import BuiltIn, Refused, said_by
 from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
-from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
+from spine.governance.failpoints import of_step, of_tx
 from spine.governance.recordable import copied
 from spine.governance.transactions import INTERRUPTED, UNDONE_FROM, StepState, TransactionResult, TxState
-from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, Write
-from spine.kernel.errors import SpineError
-from spine.kernel.exchange import Exchange
-from spine.kernel.ids import Ids
+from spine.governance.units import CommitOutcome, GuardFailed
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
 from spine.kernel.tasks import cancelling
 from spine.publisher import Event
-from spine.settings import Retry
 
 # So many drivers may end in a row, without bringing a transaction further, before the next does not try it once more.
 STALLED_MOST = 10
-
-
-class Lost(SpineError):
-    """The driver goes no further: another one has the transaction, or the journal took no record; recovery goes on."""
-
-
-@dataclass(slots=True)
-class Driving:
-    """What every saga of one coordinator works with."""
-
-    exchange: Exchange
-    ids: Ids
-    recorder: Recorder
-    calls: EffectCalls
-    failpoint: Failpoint
-    retry: Retry
-    counts: dict[str, int]
-    log: TransactionLog
-    contracts: ContractRows
 
 
 class Saga:
@@ -74,6 +46,7 @@ class Saga:
     def __init__(self, driving: Driving, plan: Plan, cause: Envelope | None = None) -> None:
         self._own = driving
         self._clock = driving.exchange.clock
+        self._moves = Moves(driving, plan, cause)
         self.plan = plan
         self.cause = cause
         self._stopping = False
@@ -89,14 +62,7 @@ class Saga:
 
     async def begin(self) -> CommitOutcome:
         """Record the transaction with its plan; whoever else began it first keeps it."""
-        plan = self.plan
-        moments = [BEGIN]
-        await self._pass(moments, "before")
-        outcome = await self._commit([*plan.start, records.begun(plan)], epoch=plan.governance_epoch)
-        if isinstance(outcome, Committed):
-            self._own.log.begun(self.cause, plan)
-            await self._pass(moments, "after")
-        return outcome
+        return await self._moves.begin()
 
     async def drive(self) -> TransactionResult:
         """Go on until the transaction has ended or is parked; ``plan.state`` tells which. Raises ``Lost``."""
@@ -140,7 +106,7 @@ class Saga:
                 fail_with(plan, step, error)
                 return
             intent = records.moved(plan, step, "intend", self._clock.time_us(), descriptor=step.descriptor)
-            await self._move(step, "intend", [intent])
+            await self._moves.step(step, "intend", [intent])
         answer = await self._send(step, sent)
         match answer:
             case Answered():
@@ -162,7 +128,7 @@ class Saga:
         at = self._clock.time_us()
         done = records.moved(plan, step, "done", at, result=step.result)
         told = [records.delivered(plan, step, at)] if records.acknowledged_at_once(plan, step) else []
-        await self._move(step, "done", [done, *told])
+        await self._moves.step(step, "done", [done, *told])
 
     async def _send(self, step: Step, sent: int) -> Answer:
         """Call the domain until it answers or its attempts are used up."""
@@ -185,7 +151,7 @@ class Saga:
         if plan.failed is not None:
             return
         rows, events, result = records.committed(plan, at)
-        outcome = await self._end("commit", rows, plan.writes)
+        outcome = await self._moves.end("commit", rows, plan.writes)
         if isinstance(outcome, GuardFailed):
             plan.state = TxState.EXECUTING
             guard_failed(plan, outcome.guard, outcome.found, outcome.required)
@@ -204,7 +170,7 @@ class Saga:
             moments.insert(0, of_step(move))
             rows.insert(0, records.step_record(plan, failed, move, at))
             self._own.log.moved(self.cause, plan, failed, move)
-        await self._write(moments, rows)
+        await self._moves.write(moments, rows)
 
     async def _compensate(self) -> None:
         plan, failed = self.plan, self.plan.failed
@@ -220,11 +186,11 @@ class Saga:
         at = self._clock.time_us()
         if stuck:
             rows, self.result = records.parked(plan, at)
-            await self._end("park", rows)
+            await self._moves.end("park", rows)
             self._own.counts["parked"] += 1
         else:
             rows, self.result = records.aborted(plan, at)
-            await self._end("compensated", rows)
+            await self._moves.end("compensated", rows)
             self._own.counts["aborted"] += 1
 
     async def _undo(self, step: Step, reason: str) -> bool:
@@ -233,7 +199,7 @@ class Saga:
         given_up = step.state is StepState.RB_INTENT and self._stalled(step)
         if step.state is not StepState.RB_INTENT:
             intent = records.moved(plan, step, "undo", self._clock.time_us())
-            await self._move(step, "undo", [intent])
+            await self._moves.step(step, "undo", [intent])
         attempts: int | None
         if given_up:
             attempts = None
@@ -246,10 +212,10 @@ class Saga:
         if attempts is None:
             tried = plan.stalled if given_up else self._own.retry.attempts
             parked = records.moved(plan, step, "park", at, attempts=tried)
-            await self._move(step, "park", [parked])
+            await self._moves.step(step, "park", [parked])
             return False
         undone = records.rolled_back(plan, step, at, reason=reason, attempts=attempts)
-        await self._move(step, "undone", undone)
+        await self._moves.step(step, "undone", undone)
         self._own.counts["compensated"] += 1
         return True
 
@@ -319,46 +285,6 @@ class Saga:
         jitter = self._own.ids.uniform(0.0, 0.25)
         delay = backoff(attempt, first_s=retry.first_s, most_s=retry.most_s, jitter=jitter)
         await self._clock.sleep_until(self._clock.monotonic() + delay)
-
-    async def _pass(self, moments: Sequence[str], when: str) -> None:
-        for moment in moments:
-            await self._own.failpoint(f"{moment}.{when}")
-
-    async def _move(self, step: Step, move: str, rows: Sequence[Record]) -> None:
-        """Have a step's move committed, and told in the log."""
-        await self._write([of_step(move)], rows)
-        self._own.log.moved(self.cause, self.plan, step, move)
-
-    async def _end(self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()) -> GuardFailed | None:
-        """Have the transaction's last move committed, with the verdict over the run's contract that it brings about."""
-        while True:
-            self.plan.rows = await self._own.contracts.contract_rows(self.plan.request.run_id)
-            judged = with_verdict(rows, self.plan.rows, at=self._clock.time_us())
-            outcome = await self._write([of_tx(move)], judged, writes)
-            # Somebody judged the run between the reading and the commit: their verdict is the one to replace.
-            if outcome is None or not outcome.of_verdict:
-                return outcome
-
-    async def _write(
-        self, moments: Sequence[str], rows: Sequence[Record], writes: Sequence[Write] = ()
-    ) -> GuardFailed | None:
-        """Have moves committed; gives back what may be mended. Raises ``Lost`` when it is not ours any more."""
-        await self._pass(moments, "before")
-        outcome = await self._commit(rows, writes=writes)
-        if isinstance(outcome, GuardFailed) and (outcome.of_write or outcome.of_verdict):
-            return outcome
-        if not isinstance(outcome, Committed):
-            raise Lost(f"transaction {self.plan.tx_id}: {moments[-1]} was not recorded: {outcome}")
-        self.plan.stalled = 0
-        await self._pass(moments, "after")
-        return None
-
-    async def _commit(
-        self, rows: Sequence[Record], *, epoch: int | None = None, writes: Sequence[Write] = ()
-    ) -> CommitOutcome:
-        return await self._own.recorder.commit(
-            rows, writes=writes, epoch=epoch, run_id=self.plan.request.run_id, parent=self.cause
-        )
 
     def _fault(self, event: str, step: Step, answer: Refused | Unanswered, attempt: int) -> None:
         code, error = _said(answer)
