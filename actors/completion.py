@@ -9,7 +9,8 @@ from typing import Any
 
 from actors.records import text
 from actors.verdicts import lacking
-from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, action_of, class_of, said_by
+from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, said_by
+from spine.domains import Part as Part  # noqa: PLC0414  exported: plans are made of parts
 from spine.explain.story import JournalRow
 from spine.governance.contract import FINALIZE, AckStatus
 from spine.governance.params import id_problem
@@ -139,22 +140,6 @@ class Plan:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A participant as every plan needs it, looked at once."""
-
-    name: str
-    cls: DomainClass
-    action: str
-    after: tuple[str, ...]
-    domain: Participant
-
-
-def parts_of(participants: Sequence[Participant]) -> tuple[Part, ...]:
-    """The participants in their order."""
-    return tuple(Part(d.name, class_of(d), action_of(d), tuple(d.after), d) for d in participants)
-
-
 def steps_of(parts: Sequence[Part], tx_id: str) -> list[Step]:
     """The steps of a new transaction."""
     return [
@@ -266,15 +251,14 @@ def _ask(step: Step, facts: RunFacts) -> None:
     step.writes = writes
 
 
-def guard_failed(plan: Plan, guard: str, found: int, required: int) -> None:
-    """A user's write did not change what it must: fail the domain it belongs to."""
+def guard_failed(plan: Plan, guard: str, found: int | None, required: int) -> None:
+    """A user's write failed, or did not change what it must: fail the domain it belongs to."""
     number = int(guard.removeprefix(WRITE_GUARD).partition(":")[0])
     for step in plan.steps:
         if number < len(step.writes):
-            counted = guard.endswith(step.writes[number].sql)
-            error = f"its write changed {found} rows where {required} are required" if counted else "its write failed"
+            wrong = "failed" if found is None else f"changed {found} rows where {required} are required"
             step.state = StepState.INTENT
-            fail(plan, step, StepState.REFUSED, "WRITE_GUARD", f"{error} ({guard})", None)
+            fail(plan, step, StepState.REFUSED, "WRITE_GUARD", f"its write {wrong} ({guard})", None)
             return
         number -= len(step.writes)
     raise SpineError(f"transaction {plan.tx_id}: {guard} belongs to no domain")

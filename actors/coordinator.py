@@ -14,7 +14,6 @@ from typing import Protocol, assert_never, cast
 
 from actors import attempts, outbox, takeover
 from actors.attempts import Attempts
-from actors.completion import parts_of
 from actors.dependencies import Dependencies
 from actors.effect_calls import EffectCalls
 from actors.moves import Driving
@@ -24,7 +23,7 @@ from actors.recorder import Recorder
 from actors.reports import Reports
 from actors.takeover import Takeover
 from actors.transaction_log import TransactionLog
-from spine.domains import Participant, class_of
+from spine.domains import Part
 from spine.effects import Post
 from spine.governance.contract import Acknowledge
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
@@ -64,7 +63,7 @@ class Completions:
 
     dependencies: Dependencies
     source: Source
-    participants: Sequence[Participant]
+    parts: Sequence[Part]
     publisher: Publisher
     recorder: Recorder
     redeliver: bool
@@ -92,7 +91,7 @@ class Coordinator(Actor):
         self._own = own
         self._tasks = Tasks(NAME, limit=deps.calls_most, on_crash=self.task_crashed)
         self._calls = EffectCalls(deps.exchange, own.failpoint, self.task_crashed)
-        posts = {d.name: cast(Post, d) for d in own.participants if class_of(d) is DomainClass.POST}
+        posts = {part.name: cast(Post, part.domain) for part in own.parts if part.cls is DomainClass.POST}
         self._outbox = Outbox(
             deps.exchange,
             deps.ids,
@@ -107,7 +106,6 @@ class Coordinator(Actor):
             counts=own.counts,
         )
         own.stuck = self._outbox.stuck
-        parts = parts_of(own.participants)
         driving = Driving(
             deps.exchange,
             deps.ids,
@@ -119,12 +117,12 @@ class Coordinator(Actor):
             TransactionLog(deps.exchange.tracer),
             own.source,
         )
-        self._attempts = Attempts(deps, own.source, parts, driving, self._outbox)
+        self._attempts = Attempts(deps, own.source, own.parts, driving, self._outbox)
         self._takeover = Takeover(
             deps.exchange,
             own.recorder,
             own.source,
-            parts,
+            own.parts,
             instance=deps.instance,
             failpoint=own.failpoint,
             unended=own.unended,
@@ -132,9 +130,9 @@ class Coordinator(Actor):
             drive=self._attempts.resume,
         )
         self._parking = Parking(
-            deps.exchange, own.recorder, own.source, parts, instance=deps.instance, failpoint=own.failpoint
+            deps.exchange, own.recorder, own.source, own.parts, instance=deps.instance, failpoint=own.failpoint
         )
-        self._reports = Reports(deps, own.recorder)
+        self._reports = Reports(deps, own.recorder, own.parts)
         self._housekeeping: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from actors import transaction_records as records
-from actors.completion import Part, Plan
+from actors.completion import Plan
 from actors.recorder import Recorder
 from actors.records import text
 from actors.reload import KINDS, reload
 from actors.rows import ContractRows, Transactions
 from actors.verdicts import with_verdict
+from spine.domains import Part
 from spine.governance.failpoints import Failpoint, of_tx
 from spine.governance.parking import ResolveTransaction, RetryTransaction, validate
 from spine.governance.transactions import TxState

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from actors import endings
-from actors.completion import Part
 from actors.dependencies import Dependencies
 from actors.recorder import Recorder
 from actors.records import text
+from spine.domains import Part
 from spine.effects import reversible
 from spine.governance.params import id_problem
 from spine.governance.transactions import (
@@ -59,7 +59,7 @@ class Refusals:
                     f"{run}domain {part.name!r} has no rollback(effect), so a completion with it could end half done; "
                     "give it one, or make it a POST domain that acts after the commit"
                 )
-            if getattr(part.domain, "refuse_when_parked", False) and await self._source.parked(part.name, 1):
+            if part.refuse_when_parked and await self._source.parked(part.name, 1):
                 return TransactionFailed(
                     f"{run}a rollback of domain {part.name!r} is parked; see `spine parked` and resolve it first",
                     TransactionPhase.NOT_STARTED,

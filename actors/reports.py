@@ -5,6 +5,7 @@ A worker's report that cannot be recorded never reaches the worker; a domain tha
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -15,9 +16,9 @@ from actors.recorder import Recorder
 from actors.records import ack, text
 from actors.starts import implicit_start
 from actors.verdicts import with_verdict
-from spine.domains import lesson_row, policy_evaluation_row
+from spine.domains import Part, lesson_row, policy_evaluation_row
 from spine.explain.contract import read_contract
-from spine.governance.contract import FINALIZE, Acknowledge, AckStatus, ContractError
+from spine.governance.contract import FINALIZE, Acknowledge, AckStatus, ContractError, Key
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.params import PARAMS_MOST_BYTES, id_problem
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch
@@ -34,8 +35,8 @@ def _check(request: CreatePolicyEvaluation | EmitLesson, required: tuple[str, ..
         raise ValueError(problem)
 
 
-def _check_ack(request: Acknowledge) -> None:
-    """Raise ContractError naming every field that cannot be recorded."""
+def _check_ack(request: Acknowledge, own: Collection[Key]) -> None:
+    """Raise ContractError naming every field that is not taken; what is ``own`` the completion itself acknowledges."""
     problems = [
         id_problem(name, getattr(request, name), optional=name == "result_id")
         for name in ("run_id", "tenant_id", "domain", "action", "result_id")
@@ -46,9 +47,10 @@ def _check_ack(request: Acknowledge) -> None:
         problems.append(f"status {ascii(request.status)[:80]} is none of {', '.join(AckStatus)}")
     if request.error is not None and not isinstance(request.error, str):
         problems.append(f"error must be text, not {type(request.error).__name__}")
-    if (request.domain, request.action) == FINALIZE:
-        problems.append(f"{'/'.join(FINALIZE)} is acknowledged by the completion itself: complete the run")
-    if found := [problem for problem in problems if problem]:
+    found = [problem for problem in problems if problem]
+    if not found and (request.domain, request.action) in own:
+        found.append(f"{request.domain}/{request.action} is acknowledged by the completion itself: complete the run")
+    if found:
         raise ContractError("INVALID_PARAMS", "; ".join(found))
 
 
@@ -62,11 +64,12 @@ class Reports:
     For an evaluation or lesson it could not record it gives ``None``, and says so in journal and log.
     """
 
-    def __init__(self, dependencies: Dependencies, recorder: Recorder) -> None:
+    def __init__(self, dependencies: Dependencies, recorder: Recorder, parts: Sequence[Part]) -> None:
         self._deps = dependencies
         self._exchange = dependencies.exchange
         self._runs = dependencies.runs
         self._recorder = recorder
+        self._own = frozenset({FINALIZE, *((part.name, part.action) for part in parts)})
 
     async def evaluation(self, envelope: Envelope, request: CreatePolicyEvaluation) -> str | None:
         now, id_ = self._exchange.clock.time_us(), self._deps.ids.uuid()
@@ -100,7 +103,7 @@ class Reports:
 
     async def acknowledge(self, envelope: Envelope, request: Acknowledge) -> None:
         """Record what a domain reports and the verdict that follows; raises ``ContractError`` or ``JournalError``."""
-        _check_ack(request)
+        _check_ack(request, self._own)
         run_id, tenant_id = request.run_id, request.tenant_id
         while not envelope.done:
             rows = await self._deps.source.contract_rows(run_id)

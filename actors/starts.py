@@ -5,7 +5,7 @@ from __future__ import annotations
 from actors import records
 from actors.dependencies import Dependencies
 from spine.governance.authority import AuthorityDecision, GovernanceMode, GovernanceState, check_start
-from spine.governance.contract import Expectation
+from spine.governance.contract import EXPECTATIONS_MOST, Expectation
 from spine.governance.operations import StartRun
 from spine.governance.params import id_problem
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch, StorageFailed
@@ -181,7 +181,10 @@ def _problem(request: StartRun) -> str | None:
     ]
     if not isinstance(request.block_unmet, bool):
         found.append(f"block_unmet must be true or false, not {request.block_unmet!r}")
-    for entry in request.expectations:
+    given = request.expectations
+    if len(given) > EXPECTATIONS_MOST:
+        found.append(f"expectations: {len(given)} are too many, at most {EXPECTATIONS_MOST} are taken for one run")
+    for entry in given[:EXPECTATIONS_MOST]:
         if not isinstance(entry, tuple) or len(entry) != 3:
             found.append(f"expectations: {entry!r} must be (domain, action, deadline in seconds)")
             continue

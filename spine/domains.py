@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol, cast, runtime_checkable
 
@@ -325,32 +325,48 @@ BUILT_INS: Final = (INCIDENTS, POLICIES, TRACES)
 Participant = BuiltIn | Local | External | Post
 
 
-def action_of(domain: Participant) -> str:
-    """What the domain acknowledges."""
-    return str(getattr(domain, "action", DEFAULT_ACTION))
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A participant as it was declared: what its domain says of itself is read once, whatever it says later."""
+
+    name: str
+    cls: DomainClass
+    action: str
+    after: tuple[str, ...]
+    domain: Participant
+    refuse_when_parked: bool = False
+
+    @property
+    def promise(self) -> Expectation:
+        """What a run promises of it: a POST domain may keep it after the run is finalised."""
+        return Expectation(self.name, self.action, after_commit=self.cls is DomainClass.POST)
 
 
-def promise_of(domain: Participant) -> Expectation:
-    """What a run promises of the domain: a POST one may keep it after the run is finalised."""
-    return Expectation(domain.name, action_of(domain), after_commit=class_of(domain) is DomainClass.POST)
-
-
-def class_of(domain: object) -> DomainClass:
-    """How ``domain`` takes part. Raises ConfigurationError naming it when it cannot."""
-    name = getattr(domain, "name", None)
+def part_of(domain: object) -> Part:
+    """The part that ``domain`` declares. Raises ConfigurationError naming it when it cannot take part."""
+    name, action = getattr(domain, "name", None), getattr(domain, "action", DEFAULT_ACTION)
+    after = getattr(domain, "after", None)
     label = f"domain {name!r}" if isinstance(name, str) else f"domain {domain!r}"
     if not isinstance(name, str) or not name.strip():
         raise ConfigurationError(f"{label} has no name: give it a non-empty `name`")
-    for field_name, value in (("name", name), ("action", getattr(domain, "action", DEFAULT_ACTION))):
+    for field_name, value in (("name", name), ("action", action)):
         if problem := id_problem(field_name, value):
             raise ConfigurationError(f"{label}: {problem}")
     if name in RESERVED:
         raise ConfigurationError(f"{label}: the name is Spine's own; take another one than {', '.join(RESERVED)}")
-    after = getattr(domain, "after", None)
-    if isinstance(after, str) or not isinstance(after, Iterable) or not all(isinstance(a, str) for a in after):
-        raise ConfigurationError(f"{label}: `after` must be a tuple of domain names, () for none; found {after!r}")
+    # An iterator is empty after one look, and a set has another order in each process.
+    if not isinstance(after, (tuple, list)) or not all(isinstance(other, str) for other in after):
+        raise ConfigurationError(
+            f"{label}: `after` must be a tuple or list of domain names, () for none; found {after!r}"
+        )
     if isinstance(domain, type):
         raise ConfigurationError(f"{label} is the class {domain.__qualname__}: pass an instance of it")
+    refuses = bool(getattr(domain, "refuse_when_parked", False))
+    return Part(name, _class_of(domain, label), action, tuple(after), cast(Participant, domain), refuses)
+
+
+def _class_of(domain: object, label: str) -> DomainClass:
+    """How ``domain`` takes part. Raises ConfigurationError when it cannot."""
     if inspect.iscoroutinefunction(getattr(domain, "plan", None)):
         raise ConfigurationError(
             f"{label}: plan(run) is async, but a plan is made without waiting: make it a plain def"
@@ -366,11 +382,9 @@ def class_of(domain: object) -> DomainClass:
     )
 
 
-def participants(domains: Sequence[object]) -> tuple[Participant, ...]:
+def participants(domains: Sequence[object]) -> tuple[Part, ...]:
     """The built-in domains and ``domains`` in the order in which they take part.
 
     Raises ConfigurationError naming a domain that cannot take part, is declared twice, or waits in a circle.
     """
-    for domain in domains:
-        class_of(domain)
-    return plan_order([*BUILT_INS, *cast("Sequence[Participant]", domains)])
+    return plan_order([part_of(domain) for domain in (*BUILT_INS, *domains)])

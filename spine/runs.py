@@ -30,7 +30,7 @@ class Runs:
         expectations: Sequence[tuple[str, str, float]] = (),
         block_unmet: bool = False,
     ) -> AuthorityDecision:
-        """Begin a run; a denial is returned. ``expectations`` are (domain, action, deadline in seconds).
+        """Begin a run; a denial is returned. ``expectations``, 200 at most, are (domain, action, deadline in seconds).
 
         With ``block_unmet`` the run commits only when everything promised is delivered.
         """
@@ -73,8 +73,9 @@ class Runs:
     ) -> None:
         """Record what ``domain`` reports of ``action``; ``status`` is SUCCESS, FAILED or ROLLED_BACK.
 
-        ROLLED_BACK takes back the SUCCESS that was reported with the same ``result_id``. Raises ``ContractError`` for a
-        run or a value that is not taken, and ``JournalError``.
+        The last word counts: FAILED and ROLLED_BACK take back the SUCCESS with the same ``result_id``, or every one
+        where they name none. Domains that take part in completions acknowledge by that alone. Raises ``ContractError``
+        for a run, a domain or a value that is not taken, and ``JournalError``.
         """
         await self.ask(Acknowledge(run_id, tenant_id, domain, action, status, result_id, error))
 

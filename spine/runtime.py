@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from spine._install import check_install
 from spine.declarations import Declarations
-from spine.domains import participants, promise_of
+from spine.domains import participants
 from spine.explain.why import Explanation, explain
 from spine.governance.authority import GovernanceState
 from spine.governance.contract import promised
@@ -342,7 +342,7 @@ class _System:
         writer, reader = JournalWriter(spine.url), JournalReader(spine.url)
         exchange = Exchange(settings.clock, Tracer(ids.span_id(), level), credits=settings.credits)
         parts, progress = spine._participants, Progress()
-        acting = tuple(promise_of(domain) for domain in parts)
+        acting = tuple(part.promise for part in parts)
         deps = Dependencies(
             exchange=exchange,
             ids=ids,
@@ -382,7 +382,7 @@ class _System:
             Watchdog(
                 exchange.loop,
                 exchange.tracer,
-                spine._code_names([*spine._participants, spine._publisher]),
+                spine._code_names([*(part.domain for part in parts), spine._publisher]),
                 limit_s=settings.blocked_s,
             ),
             writer,

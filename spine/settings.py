@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from spine.effects import ATTEMPTS_MOST
 from spine.governance.failpoints import Failpoint, pass_by
 from spine.kernel.clock import Clock, SystemClock
 from spine.kernel.errors import ConfigurationError
@@ -12,12 +13,13 @@ from spine.kernel.supervisor import Policy
 from spine.kernel.tracing import Level
 
 DEFAULT_URL = "sqlite+aiosqlite:///spine.db"
+PAUSE_MOST_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
     """How a call to a domain outside is repeated: ``attempts`` times in all (a rollback; then it is parked), waiting
-    ``first_s`` seconds and twice as long each time, at most ``most_s``.
+    ``first_s`` seconds and twice as long each time, at most ``most_s``. At most 100 attempts and an hour's pauses.
     """
 
     attempts: int = 5
@@ -25,12 +27,15 @@ class Retry:
     most_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.attempts, int) or self.attempts < 1:
-            raise ConfigurationError(f"retry: attempts {self.attempts!r} must be an integer of at least 1")
+        attempts = self.attempts
+        if not isinstance(attempts, int) or isinstance(attempts, bool) or not 1 <= attempts <= ATTEMPTS_MOST:
+            raise ConfigurationError(f"retry: attempts {attempts!r} must be an integer from 1 to {ATTEMPTS_MOST}")
         for name in ("first_s", "most_s"):
             seconds = getattr(self, name)
-            if not isinstance(seconds, (int, float)) or not seconds >= 0:
-                raise ConfigurationError(f"retry: {name} {seconds!r} must be a number of seconds, 0 or more")
+            if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 <= seconds <= PAUSE_MOST_S:
+                raise ConfigurationError(
+                    f"retry: {name} {seconds!r} must be a number of seconds from 0 to {PAUSE_MOST_S:g}"
+                )
 
 
 @dataclass(frozen=True, slots=True)

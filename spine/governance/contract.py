@@ -14,6 +14,8 @@ from spine.kernel.messages import Request
 Key = tuple[str, str]
 START_TRACE: Final = ("logs", "start_trace")
 FINALIZE: Final = ("orchestrator", "finalize_run")
+# How many promises of its own a run may start with.
+EXPECTATIONS_MOST: Final = 200
 # What a contract stands at until something but the time left to it decides.
 PENDING: Final = "PENDING"
 # The journal rows that tell of a run's contract.
@@ -97,7 +99,13 @@ class Due(NamedTuple):
 
 
 class Ack(NamedTuple):
-    """What a domain reported; a ROLLED_BACK takes back the SUCCESS with the same transaction and result."""
+    """What a domain reported, in the order of the journal.
+
+    An action is delivered as long as one SUCCESS of it stands. The last word counts: a later FAILED or ROLLED_BACK with
+    the same transaction takes back the result it names, or all of them where it names none, and a SUCCESS after that
+    delivers again. Another transaction's word, such as that of an earlier attempt, takes nothing back. A result that
+    was ROLLED_BACK by its id stays so, whatever arrives late: what is done anew has a new id.
+    """
 
     domain: str
     action: str
@@ -194,24 +202,33 @@ class Reconciliation:
         }
 
 
-def _listen(acks: Collection[Ack]) -> tuple[set[Key], dict[Key, str | None]]:
-    """What was delivered and not taken back; and of everything that was reported, the last complaint."""
-    taken_back = {(*ack.key, ack.tx_id, ack.result_id) for ack in acks if ack.status is AckStatus.ROLLED_BACK}
-    delivered: set[Key] = set()
+def _listen(acks: Iterable[Ack]) -> tuple[set[Key], dict[Key, str | None]]:
+    """What stands delivered, by the rule of ``Ack``; and of everything that was reported, the last complaint."""
+    standing: dict[tuple[str, str, str | None], set[str | None]] = {}
+    undone: set[tuple[str, str, str | None, str]] = set()
     heard: dict[Key, str | None] = {}
-    for ack in acks:
-        key = ack.key
-        if ack.status is AckStatus.SUCCESS:
-            heard.setdefault(key, None)
-            if (*key, ack.tx_id, ack.result_id) not in taken_back:
-                delivered.add(key)
-        else:
-            heard[key] = ack.error or _COMPLAINT[ack.status]
-    return delivered, heard
+    for domain, action, status, result_id, error, tx_id in acks:
+        results = standing.setdefault((domain, action, tx_id), set())
+        if status is AckStatus.SUCCESS:
+            heard.setdefault((domain, action), None)
+            if result_id is None or (domain, action, tx_id, result_id) not in undone:
+                results.add(result_id)
+            continue
+        heard[domain, action] = error or _COMPLAINT[status]
+        if result_id is None:
+            results.clear()
+            continue
+        results.discard(result_id)
+        if status is AckStatus.ROLLED_BACK:
+            undone.add((domain, action, tx_id, result_id))
+    return {(domain, action) for (domain, action, _), results in standing.items() if results}, heard
 
 
 def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> Reconciliation:
-    """Compare what was promised with what was acknowledged, as of ``now_us`` (unix microseconds)."""
+    """Compare what was promised with what was acknowledged, as of ``now_us`` (unix microseconds).
+
+    ``acks`` are in the order in which they were recorded: by the rule of ``Ack`` the last word counts.
+    """
     delivered, heard = _listen(acks)
     finalised = FINALIZE in delivered
     missing: list[Finding] = []
@@ -249,7 +266,7 @@ def reconcile(expectations: Sequence[Due], acks: Sequence[Ack], now_us: int) -> 
     )
 
 
-def unmet(expectations: Iterable[Due], acks: Collection[Ack], taking_part: Collection[Key] = ()) -> tuple[Finding, ...]:
+def unmet(expectations: Iterable[Due], acks: Iterable[Ack], taking_part: Collection[Key] = ()) -> tuple[Finding, ...]:
     """What a run that blocks on its contract still lacks, whatever time is left.
 
     Not asked for are finalize_run and ``taking_part``, the (domain, action) that the completion itself acknowledges.

@@ -67,11 +67,14 @@ VERDICT_GUARD: Final = "contract verdict"
 
 @dataclass(frozen=True, slots=True)
 class GuardFailed:
-    """Nothing was written: statement ``guard`` changed ``found`` rows where ``required`` were required."""
+    """Nothing was written: statement ``guard`` changed ``found`` rows where ``required`` were required.
+
+    ``found`` is ``None`` for a user's statement that could not be run; ``guard`` then tells why.
+    """
 
     guard: str
     required: int
-    found: int
+    found: int | None
 
     @property
     def of_write(self) -> bool:

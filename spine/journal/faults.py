@@ -42,7 +42,7 @@ _POSTGRESQL_PASSING: Final = ("40", "55P03")
 class UnitFault(Exception):
     """A unit, not the database, is the reason why a transaction cannot be written."""
 
-    def __init__(self, guard: str, required: int, found: int) -> None:
+    def __init__(self, guard: str, required: int, found: int | None) -> None:
         super().__init__(guard)
         self.failed = GuardFailed(guard, required, found)
 

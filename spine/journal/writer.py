@@ -177,7 +177,7 @@ class GroupCommit:
             if is_storage(error):
                 raise
             reason = f"parameter {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise UnitFault(f"{WRITE_GUARD}{number}: {reason}", write.rows or 0, 0) from error
+            raise UnitFault(f"{WRITE_GUARD}{number}: {reason}", write.rows or 0, None) from error
         if write.rows is not None and found != write.rows:
             raise UnitFault(f"{WRITE_GUARD}{number}: {write.sql}", write.rows, found)
 

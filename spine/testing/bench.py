@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from uuid import NAMESPACE_OID, uuid5
 
-from spine.domains import RunFacts, effect_id
+from spine.domains import RunFacts, effect_id, part_of
 from spine.effects import APPLIED, STATUSES, Effect, attempts_of, timeout_of
 from spine.governance.recordable import recorded
 from spine.governance.transactions import DomainClass
@@ -28,6 +28,7 @@ STATUS_TOO: Final = ", or give the domain an `async status(effect)` that is righ
 UNCOUNTED: Final = (
     "nobody saw whether it happened once or twice: let live= return how many effects of this id there are"
 )
+ANEW: Final = "let it return the domain made anew: another object, of the same name, that takes part in the same way"
 
 Live = Callable[[Effect], Awaitable[int]]
 
@@ -118,8 +119,24 @@ class Bench:
     # -- calls
 
     def another(self) -> object:
-        """The domain as a process that recovers has it: made anew, where ``restarted`` says how."""
-        return self.domain if self.restarted is None else self.restarted()
+        """The domain as a process that recovers has it: made anew, where ``restarted`` says how.
+
+        Raises ConfigurationError where that gives no such domain: the check would try the old one in its place.
+        """
+        if self.restarted is None:
+            return self.domain
+        try:
+            made = self.restarted()
+            part = part_of(made)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"restarted= gave no domain: {error}; {ANEW}") from error
+        except Exception as error:
+            raise ConfigurationError(f"restarted= failed: {describe(error)}; {ANEW}") from error
+        if made is self.domain:
+            raise ConfigurationError(f"restarted= gave the very object that is checked; {ANEW}")
+        if (part.name, part.cls) != (self.domain.name, self.cls):
+            raise ConfigurationError(f"restarted= gave {part.cls.value} domain {part.name!r}; {ANEW}")
+        return made
 
     def start(self, what: str, effect: Effect, *, by: object = None, cut_at: int = 0, hold_at: int = 0) -> Call:
         """Begin one call; each is another attempt, under another fencing token."""
@@ -129,7 +146,8 @@ class Bench:
         sent_effect = replace(
             effect, epoch=sent, attempt=sent, deadline=deadline, descriptor=recorded(effect.descriptor)
         )
-        call = Call(getattr(by or self.domain, what), sent_effect, cut_at=cut_at, hold_at=hold_at)
+        domain = self.domain if by is None else by
+        call = Call(getattr(domain, what), sent_effect, cut_at=cut_at, hold_at=hold_at)
         self._calls.add(call)
         call.task.add_done_callback(lambda _: self._calls.discard(call))
         return call
@@ -215,9 +233,14 @@ class Bench:
         assert self.live is not None
         try:
             async with asyncio.timeout(PROBE_S):
-                return await self.live(effect)
+                found: object = await self.live(effect)
         except Exception as error:
             raise ConfigurationError(f"live= failed for effect {effect.id}: {describe(error)}: mend it") from error
+        if not isinstance(found, int) or found < 0:
+            raise ConfigurationError(
+                f"live= gave {found!r:.200} for effect {effect.id}: let it return how many there are, an integer"
+            )
+        return found
 
 
 def answer_of(answer: Answered) -> Any:

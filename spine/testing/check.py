@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from spine.domains import BuiltIn, RunFacts, class_of
+from spine.domains import BuiltIn, RunFacts, part_of
 from spine.effects import reversible
 from spine.governance.transactions import DomainClass
 from spine.kernel.errors import ConfigurationError
@@ -42,8 +42,11 @@ async def check_domain(
     process would. What could not be checked without these is in the report's ``unchecked``, never in its ``passed``.
     ``seed`` repeats effect ids. Each call ends within the domain's ``timeout_s`` and 1 s.
 
-    Raises ContractViolated naming every broken clause, ConfigurationError when ``live`` fails.
+    Raises ContractViolated naming every broken clause, ConfigurationError naming the argument that is of no use.
     """
+    for what, given in (("facts", facts), ("refused", refused)):
+        if given is not None and not isinstance(given, RunFacts):
+            raise ConfigurationError(f"{what}= must be RunFacts, not {type(given).__name__}")
     seed = uuid.uuid4().hex if seed is None else seed
     name = str(getattr(domain, "name", domain))
     try:
@@ -61,7 +64,7 @@ async def check_domain(
 
 
 def _declared(domain: object) -> DomainClass:
-    cls = class_of(domain)
+    cls = part_of(domain).cls
     if isinstance(domain, BuiltIn):
         raise Broken("it is built in: Spine's own tests check it")
     if cls is DomainClass.EXTERNAL and not reversible(domain):

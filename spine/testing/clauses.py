@@ -231,13 +231,13 @@ async def restart(bench: Bench) -> None:
         raise Unseen("the domain was not made anew: pass restarted=, which makes it as the next process would")
     effect = bench.effect()
     first = await bench.applied(effect, "for the first time")
-    again = await bench.applied(effect, "after a restart", by=bench.restarted())
+    again = await bench.applied(effect, "after a restart", by=bench.another())
     if again != first:
         raise Broken(f"effect {effect.id}: {bench.act} answered {first!r:.200}, and after a restart {again!r:.200}")
     await bench.expect(effect, "after a restart", live=True, once=True)
     if bench.has("rollback"):
-        await bench.undone(effect, "after a restart", by=bench.restarted())
-        await _stays_away(bench, effect, "after a restart", by=bench.restarted())
+        await bench.undone(effect, "after a restart", by=bench.another())
+        await _stays_away(bench, effect, "after a restart", by=bench.another())
 
 
 async def crash(bench: Bench) -> None:

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
-from spine import ContractError, Spine
+from spine import ContractError, Spine, TransactionFailed
+from spine.domains import BUILT_INS
 from spine.governance.contract import FINALIZE
 from tests.governed import clock, intact, journal, query, running, together, until
+from tests.integration.billing import Local
 from tests.integration.promises import HOUR_US, MAIL, make, named, overtaken, report, start, table, verdicts
+from tests.participants import Remote, Sender, World, complete
 
 pytestmark = pytest.mark.anyio
 
@@ -39,6 +42,25 @@ async def test_a_report_is_recorded_with_the_verdict_it_brings_about(database_ur
         ("ROLLED_BACK", "m1", "recalled", None),
         ("SUCCESS", "m2", None, None),
     ]
+    intact(database_url)
+
+
+async def test_the_last_report_counts_also_for_a_run_that_is_bound_to_its_contract(database_url: str) -> None:
+    """Taken back and delivered again it may commit; what fails after that makes it incomplete."""
+    async with running(spine := Spine(database_url)):
+        await spine.start_run("run-1", tenant_id="acme", expectations=[MAIL], block_unmet=True)
+        await report(spine)
+        await report(spine, "ROLLED_BACK")
+        with pytest.raises(TransactionFailed, match="mail/send failed: rolled back"):
+            await complete(spine)
+        await report(spine)
+        await complete(spine)
+        assert table(database_url) == [("run-1", "COMPLETE")]
+        await report(spine, "FAILED", error="bounced")
+        assert table(database_url) == [("run-1", "INCOMPLETE")]
+        assert [str(finding) for finding in (await spine.reconcile("run-1")).failed] == ["mail/send failed: bounced"]
+        contract = (await spine.why("run-1")).to_dict()["contract"]
+        assert {entry["domain"]: entry["status"] for entry in contract["expectations"]}["mail"] == "failed"
     intact(database_url)
 
 
@@ -119,7 +141,10 @@ HOSTILE = [
     ({"result_id": 7}, "result_id"),
     ({"result_id": "a\x00b"}, "result_id"),
     ({"error": ValueError("no")}, "error"),
-    ({"domain": FINALIZE[0], "action": FINALIZE[1]}, "acknowledged by the completion itself"),
+    *(
+        ({"domain": domain, "action": action}, f"{domain}/{action} is acknowledged by the completion itself")
+        for domain, action in (FINALIZE, *((part.name, part.action) for part in BUILT_INS))
+    ),
 ]
 
 
@@ -136,6 +161,26 @@ async def test_a_report_that_cannot_be_recorded_is_refused_by_name(
         assert spine.health().restarts == 0
     assert [body["domain"] for body in journal(sqlite_url, "ack")] == ["logs"]
     intact(sqlite_url)
+
+
+async def test_what_takes_part_in_completions_is_not_reported_by_hand(database_url: str, world: World) -> None:
+    """Nobody's word makes a promise kept that only the completion keeps; of anything else a domain may report."""
+    billing = Local("billing", lambda run: [], action="charge")
+    spine = Spine(database_url, domains=[billing, Remote(world), Sender(world, "letters")])
+    async with running(spine):
+        await start(spine, MAIL)
+        for domain, action in (("billing", "charge"), ("pay", "complete_run"), ("letters", "complete_run")):
+            for status in ("SUCCESS", "FAILED", "ROLLED_BACK"):
+                with pytest.raises(ContractError, match=f"^INVALID_PARAMS: {domain}/{action} is acknowledged by"):
+                    await report(spine, status, domain=domain, action=action)
+        await report(spine, domain="billing", action="remind")
+        await report(spine)
+        found = await spine.reconcile("run-1")
+        assert {"billing", "pay", "letters"} <= {finding.domain for finding in found.pending}
+        assert [str(finding) for finding in found.drift] == ["billing/remind drift"]
+        await complete(spine)
+        await until(lambda: table(database_url) == [("run-1", "COMPLETE")])
+    intact(database_url)
 
 
 async def test_a_report_about_anothers_run_or_none_is_refused(database_url: str) -> None:

@@ -36,7 +36,11 @@ FAULTS: dict[str, tuple[Callable[[RunFacts], Any], str, str]] = {
     "returns None": (lambda run: None, "TypeError", "NoneType"),
     "returns text": (lambda run: "INSERT", "TypeError", "str"),
     "returns something else": (writes("INSERT INTO bills VALUES (1, 2, 3)"), "TypeError", "str"),
-    "changes no row": (writes(Write("UPDATE bills SET cents = 1 WHERE id = 'none'")), "WRITE_GUARD", "0 rows where 1"),
+    "changes no row": (
+        writes(Write("UPDATE bills SET cents = 1 WHERE id = 'none'")),
+        "WRITE_GUARD",
+        "changed 0 rows where 1",
+    ),
     "changes too many rows": (
         writes(
             Write("INSERT INTO bills VALUES ('a', 'x', 1), ('b', 'x', 1)", rows=2),
@@ -48,7 +52,8 @@ FAULTS: dict[str, tuple[Callable[[RunFacts], Any], str, str]] = {
     "is not SQL": (writes(Write("INSERT INTO nowhere VALUES (1)")), "WRITE_GUARD", "nowhere"),
     "violates a constraint": (writes(Write("INSERT INTO bills VALUES ('a', NULL, 1)")), "WRITE_GUARD", "bills"),
     "lacks a parameter": (writes(Write("INSERT INTO bills VALUES (:id, 'x', 1)")), "WRITE_GUARD", "id"),
-    "ends the transaction": (writes(Write("COMMIT")), "WRITE_GUARD", "COMMIT"),
+    "ends the transaction": (writes(Write("COMMIT")), "WRITE_GUARD", "its write failed (write 1: a commit takes "),
+    "says nothing": (writes(Write("")), "WRITE_GUARD", "its write failed (write 1: a commit takes "),
     "only reads": (writes(Write("SELECT * FROM bills")), "WRITE_GUARD", "SELECT"),
     "two statements": (
         writes(Write("INSERT INTO bills VALUES ('a', 'x', 1); DELETE FROM bills", rows=None)),

@@ -124,6 +124,17 @@ async def test_a_start_with_a_wrong_expectation_is_denied(desk: Desk) -> None:
         assert (await desk.spine.start_run("run-1", tenant_id="acme", expectations=[("domain", "action", 5)])).allowed
 
 
+async def test_a_start_with_more_expectations_than_are_taken_is_denied(desk: Desk) -> None:
+    """Each is judged anew at every report; the denial names both numbers, and the most that are taken start a run."""
+    own = [(f"domain-{n}", "action", 5.0) for n in range(201)]
+    async with running(desk.spine):
+        for most in ([*own], [own[0]] * 5_000, [None] * 5_000):
+            decision = await desk.spine.start_run("run-1", tenant_id="acme", expectations=most)  # type: ignore[arg-type]
+            assert (decision.allowed, decision.code) == (False, "INVALID_PARAMS")
+            assert f"expectations: {len(most)} are too many, at most 200 are taken" in decision.reason
+        assert (await desk.spine.start_run("run-1", tenant_id="acme", expectations=own[:200])).allowed
+
+
 async def test_a_completion_with_a_wrong_field_fails_naming_it(desk: Desk) -> None:
     """TransactionFailed with INVALID_PARAMS before anything begins, in good time; the run can still be completed."""
     wrong: list[tuple[str, Any]] = [

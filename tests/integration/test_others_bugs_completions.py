@@ -205,7 +205,7 @@ async def test_a_locked_database_is_waited_for_and_is_nobodys_error(sqlite_url: 
             other.execute("COMMIT")
         done = await call
         assert done.all_domains_succeeded
-        spine._participants[-1].forwards = refuses()  # type: ignore[union-attr]
+        spine._participants[-1].domain.forwards = refuses()  # type: ignore[union-attr]
         error = await failure(spine, "run-2")
         assert error.code == "NO_FUNDS"
         assert spine.health().ok

@@ -40,8 +40,12 @@ async def parked(spine: Spine, run_id: str = "run-1", **call: Any) -> str:
 def stubborn(url: str, world: World, **settings: Any) -> tuple[Spine, Remote]:
     """A Spine whose payment cannot be undone at the moment, and a second domain that makes that needed."""
     pay = Remote(world, rollback=raises(OSError("the bank is closed")))
-    no = Remote(world, "no", after=["pay"], forward=refuses())
-    return over(url, pay, no, **settings), pay
+    return behind(url, world, pay, **settings), pay
+
+
+def behind(url: str, world: World, pay: Remote, **settings: Any) -> Spine:
+    """A Spine whose second domain refuses once the payment is made."""
+    return over(url, pay, Remote(world, "no", after=["pay"], forward=refuses()), **settings)
 
 
 async def test_a_rollback_that_fails_is_parked_and_visible(sqlite_url: str, world: World) -> None:
@@ -127,7 +131,7 @@ async def test_what_is_parked_is_tried_again_when_an_operator_says_so(database_u
         assert (why.verdict, why.cause.code) == ("rolled_back", "NO_FUNDS")
         with pytest.raises(ConfigurationError, match="ABORTED, not PARKED"):
             await spine.retry(tx_id, reason="once more", actor="op")
-        spine._participants[-1].forwards = well  # type: ignore[union-attr]
+        spine._participants[-1].domain.forwards = well  # type: ignore[union-attr]
         assert (await complete(spine)).is_complete
     epochs = [effect.epoch for effect in world.effects("rollback", "pay")]
     assert epochs == sorted(epochs)
@@ -162,7 +166,7 @@ async def test_what_is_parked_is_ended_by_an_operators_evidence(database_url: st
             with pytest.raises(ConfigurationError, match="ABORTED_MANUAL, not PARKED"):
                 await again()
         assert len(world.calls) == called
-        spine._participants[-1].forwards = well  # type: ignore[union-attr]
+        spine._participants[-1].domain.forwards = well  # type: ignore[union-attr]
         assert (await complete(spine)).is_complete
     (resolved,) = journal(database_url, "tx.resolved")
     assert (resolved["evidence"], resolved["reason"], resolved["actor"]) == (
@@ -188,7 +192,7 @@ async def test_an_operator_is_told_what_is_wrong_with_what_it_asks(sqlite_url: s
     spine, pay = stubborn(sqlite_url, world)
     async with running(spine):
         tx_id = await parked(spine)
-        pay.rollbacks, spine._participants[-1].forwards = well, well  # type: ignore[union-attr]
+        pay.rollbacks, spine._participants[-1].domain.forwards = well, well  # type: ignore[union-attr]
         committed = await complete(spine, "run-2")
         before = journal(sqlite_url)
         for value in BAD_TEXTS:
@@ -251,9 +255,13 @@ async def test_a_retry_is_carried_out_by_whichever_spine_has_the_domains(sqlite_
 async def test_a_domain_may_refuse_completions_while_one_of_its_rollbacks_is_parked(
     sqlite_url: str, world: World
 ) -> None:
-    """DOMAIN_PARKED before anything happened, on the record; another domain's parked rollback does not matter."""
-    spine, pay = stubborn(sqlite_url, world)
-    pay.refuse_when_parked = True  # type: ignore[attr-defined]
+    """DOMAIN_PARKED before anything happened, on the record; another domain's parked rollback does not matter.
+
+    What it declared counts, not what its attributes say later.
+    """
+    pay = Remote(world, rollback=raises(OSError("the bank is closed")), refuse_when_parked=True)
+    spine = behind(sqlite_url, world, pay)
+    pay.refuse_when_parked = False  # type: ignore[attr-defined]
     async with running(spine):
         tx_id = await parked(spine)
         called = len(world.calls)

@@ -169,6 +169,6 @@ async def test_a_post_that_is_stuck_is_counted(sqlite_url: str, world: World, mo
     async with running(spine):
         await complete(spine)
         await until(lambda: spine.health().transactions["events_stuck"] == 1)
-        spine._participants[-1].posts = well  # type: ignore[union-attr]
+        spine._participants[-1].domain.posts = well  # type: ignore[union-attr]
         await until(lambda: spine.health().transactions["events_stuck"] == 0)
     assert acks(sqlite_url, "mail") == [("mail", "SUCCESS")]

@@ -120,6 +120,55 @@ def test_a_rollback_takes_back_its_own_success_only(order: int) -> None:
     assert [(f.domain, f.error) for f in verdict.failed] == [("incidents", "rolled back")]
 
 
+def said(*reports: tuple[AckStatus, str | None, str | None]) -> str:
+    """What becomes of mail/send after these reports of status, transaction and result."""
+    acks = [
+        Ack("mail", "send", status, result, "bounced" if status is FAILED else None, tx)
+        for status, tx, result in reports
+    ]
+    verdict = reconcile([Due("mail", "send", SECOND)], acks, now_us=0)
+    (lacking,) = unmet([Due("mail", "send", SECOND)], acks) or [None]
+    found = verdict.failed[0] if verdict.failed else None
+    assert found == lacking, "one rule for the verdict and for what keeps a run from its commit"
+    return "met" if found is None else str(found.error)
+
+
+def test_the_last_word_counts_where_no_result_is_named() -> None:
+    """What was taken back can be delivered again, and what was delivered can still fail."""
+    ok, failed, back = (OK, None, None), (FAILED, None, None), (BACK, None, None)
+    assert said(ok, back) == "rolled back"
+    assert said(ok, back, ok) == "met"
+    assert said(ok, failed) == "bounced"
+    assert said(ok, ok, failed) == "bounced"
+    assert said(failed, ok) == "met"
+    assert said(ok, failed, ok) == "met"
+    assert said(failed, back, ok, back) == "rolled back"
+
+
+@pytest.mark.parametrize("tx", [None, "t1"])
+def test_a_complaint_takes_back_the_result_it_names_or_all_where_it_names_none(tx: str | None) -> None:
+    one, other = (OK, tx, "m1"), (OK, tx, "m2")
+    assert said(one, (FAILED, tx, "m1")) == "bounced"
+    assert said(one, other, (FAILED, tx, "m1")) == "met"
+    assert said(one, other, (FAILED, tx, "m1"), (BACK, tx, "m2")) == "rolled back"
+    assert said(one, other, (FAILED, tx, None)) == "bounced"
+    assert said(one, (FAILED, tx, "m1"), one) == "met"
+
+
+def test_another_transactions_complaint_takes_nothing_back() -> None:
+    """Neither that of an earlier attempt, nor of a completion under another key, which left nothing behind."""
+    for status, result in ((FAILED, None), (BACK, "m1"), (FAILED, "m1")):
+        other, kept = (status, "t1", result), (OK, "t2", "m1")
+        assert said(other, kept) == said(kept, other) == "met"
+
+
+def test_a_result_that_was_rolled_back_by_its_id_stays_so() -> None:
+    """A report that arrives late does not bring it back; one of a new result does."""
+    gone = ((OK, None, "m1"), (BACK, None, "m1"), (OK, None, "m1"))
+    assert said(*gone) == "rolled back"
+    assert said(*gone, (OK, None, "m2")) == "met"
+
+
 def test_no_promises_no_verdict_to_give() -> None:
     assert reconcile([], [], now_us=0).overall is Overall.COMPLETE
 

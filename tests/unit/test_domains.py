@@ -14,11 +14,10 @@ from spine.domains import (
     Local,
     Refused,
     RunFacts,
-    action_of,
-    class_of,
     effect_id,
     lesson_row,
     outcome_of,
+    part_of,
     participants,
     policy_evaluation_row,
 )
@@ -178,7 +177,7 @@ class TestParticipants:
         assert [d.name for d in participants([second, first])][-2:] == ["first", "second"]
 
     def test_actions(self) -> None:
-        assert [action_of(d) for d in participants([Billing()])] == [
+        assert [part.action for part in participants([Billing()])] == [
             "create_incident",
             "evaluate_policy",
             "complete_trace",
@@ -187,7 +186,46 @@ class TestParticipants:
 
     def test_a_class_with_plan_is_local(self) -> None:
         assert isinstance(Billing(), Local)
-        assert class_of(Billing()) is DomainClass.LOCAL
+        assert part_of(Billing()).cls is DomainClass.LOCAL
+
+    def test_what_a_domain_declares_is_read_once(self) -> None:
+        """A `name` that is another one at each look, or an `after` that is changed later, confuses no plan."""
+
+        class Restless(Billing):
+            looks = 0
+            after = ["incidents"]
+
+            @property
+            def name(self) -> str:  # type: ignore[override]
+                self.looks += 1
+                return f"restless-{self.looks}"
+
+        domain = Restless()
+        parts = participants([domain])
+        domain.after.append("nobody")
+        found = parts[-1]
+        assert (found.name, found.after, domain.looks) == ("restless-1", ("incidents",), 1)
+        assert (found.promise.domain, found.promise.action) == ("restless-1", "complete_run")
+
+    @pytest.mark.parametrize(
+        "after",
+        [
+            iter(["traces"]),
+            (name for name in ["traces"]),
+            {"traces"},
+            frozenset(),
+            {"traces": 1},
+            range(0),
+            ("a", 5),
+            None,
+        ],
+    )
+    def test_what_a_domain_comes_after_is_a_tuple_or_list(self, after: object) -> None:
+        """An iterator would be empty at the second look, and its dependency gone without a word."""
+        domain = Made(name="x", after=after, plan=print)
+        with pytest.raises(ConfigurationError, match=r"domain .x.: `after` must be a tuple or list.*; found ") as told:
+            participants([domain])
+        assert repr(after) in str(told.value)
 
     @pytest.mark.parametrize(
         ("domain", "told"),
