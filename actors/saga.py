@@ -164,17 +164,20 @@ class Saga:
         return answer
 
     async def _commit_point(self) -> None:
-        plan, at = self.plan, self._clock.time_us()
-        plan.rows = await self._own.contracts.contract_rows(plan.request.run_id)
-        check_contract(plan)
-        if plan.failed is not None:
-            return
-        rows, events, result = records.committed(plan, at)
-        outcome = await self._end("commit", rows, plan.writes)
-        if isinstance(outcome, GuardFailed):
+        plan = self.plan
+        while True:
+            await self._read_contract()
+            check_contract(plan)
+            if plan.failed is not None:
+                return
+            rows, events, result = records.committed(plan, self._clock.time_us())
+            outcome = await self._write_judged("commit", rows, plan.writes)
+            if outcome is None:
+                break
             plan.state = TxState.EXECUTING
-            guard_failed(plan, outcome.guard, outcome.found, outcome.required)
-            return
+            if not outcome.of_verdict:
+                guard_failed(plan, outcome.guard, outcome.found, outcome.required)
+                return
         self._own.counts["committed"] += 1
         self.events, self.result = events, result
 
@@ -299,15 +302,24 @@ class Saga:
         await self._write([of_step(move)], rows)
         self._own.log.moved(self.cause, self.plan, step, move)
 
-    async def _end(self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()) -> GuardFailed | None:
-        """Have the transaction's last move committed, with the verdict over the run's contract that it brings about."""
+    async def _end(self, move: str, rows: Sequence[Record]) -> None:
+        """Have the last move of a transaction that did not commit recorded, whoever judges its run meanwhile."""
         while True:
-            self.plan.rows = await self._own.contracts.contract_rows(self.plan.request.run_id)
-            judged = with_verdict(rows, self.plan.rows, at=self._clock.time_us())
-            outcome = await self._write([of_tx(move)], judged, writes)
-            # Somebody judged the run between the reading and the commit: their verdict is the one to replace.
-            if outcome is None or not outcome.of_verdict:
-                return outcome
+            await self._read_contract()
+            if await self._write_judged(move, rows) is None:
+                return
+
+    async def _read_contract(self) -> None:
+        self.plan.rows = await self._own.contracts.contract_rows(self.plan.request.run_id)
+
+    async def _write_judged(
+        self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()
+    ) -> GuardFailed | None:
+        """Have a last move committed, with the verdict over the run's contract that it brings about.
+
+        Gives a guard ``of_verdict`` where somebody judged the run, or reported of it, since its contract was read.
+        """
+        return await self._write([of_tx(move)], with_verdict(rows, self.plan.rows, at=self._clock.time_us()), writes)
 
     async def _write(
         self, moments: Sequence[str], rows: Sequence[Record], writes: Sequence[Write] = ()
