@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from spine import Refused
 from spine.governance.units import CommitOutcome, Record, StorageFailed
 from spine.kernel.clock import VirtualClock
 from tests.governed import Published, intact, journal, query, running, until
-from tests.participants import Remote, World, complete, over, transactions
+from tests.participants import Remote, World, complete, failure, over, raises, refuses, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
@@ -76,3 +77,19 @@ async def test_events_are_told_as_published_only_where_that_is_recorded(sqlite_u
         assert (await complete(again)).phase == "EVENTS_PUBLISHED"
     assert len({event.event_id for event in publisher.events}) == 1
     intact(sqlite_url)
+
+
+async def test_the_error_of_a_parked_completion_has_the_cause_of_the_abort(sqlite_url: str, world: World) -> None:
+    """Why it was to be undone, which is not why it could not be."""
+    stuck = Remote(world, rollback=raises(OSError("the bank is closed")))
+    spine = over(sqlite_url, stuck, Remote(world, "no", after=["pay"], forward=refuses("NO_STOCK", "sold out")))
+    async with running(spine):
+        error = await failure(spine)
+    assert (error.code, error.failed_domain) == ("PARKED", "no")
+    assert isinstance(error.cause, Refused)
+    assert error.__cause__ is error.cause
+    assert "sold out" in str(error.cause)
+    assert {result.domain: result.code for result in error.domains if result.code} == {
+        "pay": "OSError",
+        "no": "NO_STOCK",
+    }

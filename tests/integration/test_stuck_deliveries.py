@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -48,3 +49,27 @@ async def test_a_delivery_that_waits_for_half_a_minute_is_stuck(sqlite_url: str)
         publisher.let_go.set()
         await until(lambda: journal(sqlite_url, "event.published"), clock=clock)
         await until(lambda: stuck() == 0)
+
+
+async def test_a_publisher_that_fails_is_given_longer_and_longer(sqlite_url: str) -> None:
+    """A tenth of a second, then twice as long each time, with at most a quarter on top."""
+    clock, asked = VirtualClock(time.time_ns() // 1000), list[float]()
+
+    class Fails:
+        async def publish(self, event: Event) -> None:
+            asked.append(clock.monotonic())
+            if len(asked) < 6:
+                raise ConnectionError("the broker is away")
+
+    spine = over(sqlite_url, publisher=Fails(), clock=clock)
+    async with running(spine):
+        call = asyncio.create_task(complete(spine))
+        await until(lambda: asked)
+        for _ in range(600):
+            await clock.advance(0.01)
+        assert (await call).phase == "COMMITTED"
+        await until(lambda: journal(sqlite_url, "event.published"), clock=clock)
+    pauses = [later - earlier for earlier, later in pairwise(asked)]
+    assert len(pauses) == 5
+    for n, pause in enumerate(pauses):
+        assert 0.1 * 2**n <= pause <= 0.125 * 2**n + 0.03
