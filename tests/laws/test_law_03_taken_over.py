@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from spine import Spine
+from spine import Refused, RunFacts, Spine, Write
 from spine.kernel.clock import VirtualClock
 from tests.governed import intact, journal, running, until
-from tests.participants import Remote, World, complete, failure, over, refuses, transactions, well
+from tests.participants import Remote, Sender, World, complete, failure, over, refuses, transactions, well
 
 pytestmark = pytest.mark.anyio
 
@@ -158,3 +158,27 @@ async def test_a_takeover_that_broke_off_is_begun_again(sqlite_url: str, world: 
         await caller
     assert failed
     assert claims(sqlite_url) == [2]
+
+
+async def test_who_only_undoes_needs_only_the_domains_that_can_be_undone(sqlite_url: str, world: World) -> None:
+    """Once the abort is decided a Spine without the LOCAL and POST domains of the completion undoes it all the same."""
+
+    class Book:
+        name, after = "book", ("pay",)
+
+        def plan(self, run: RunFacts) -> list[Write]:
+            raise Refused("CLOSED", "the books are closed")
+
+    slow, clock = Stops("tx.abort.after"), late(10)
+    old = over(sqlite_url, Remote(world), Book(), Sender(world), failpoint=slow, clock=clock)
+    new = over(sqlite_url, Remote(world))
+    async with running(old), flowing(clock):
+        caller = asyncio.ensure_future(failure(old))
+        await slow.reached["tx.abort.after"].wait()
+        async with running(new):
+            await until(lambda: transactions(sqlite_url) == ["ABORTED"])
+        slow.go["tx.abort.after"].set()
+        assert (await caller).code == "CLOSED"
+    assert world.told() == ["forward pay", "rollback pay"]
+    assert world.standing() == []
+    intact(sqlite_url)
