@@ -147,6 +147,7 @@ class Coordinator(Actor):
         """Let running completions end or be undone; what is left stays in the journal, to be gone on with."""
         for task in self._housekeeping:
             task.cancel()
+        self._takeover.interrupt()
         self._attempts.interrupt()
         await self._tasks.drained(STOP_S)
         delivered = await self._outbox.stop(0.5)

@@ -63,18 +63,28 @@ class Moves:
         await self.write([of_step(move)], rows)
         self._own.log.moved(self._cause, self._plan, step, move)
 
-    async def end(self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()) -> GuardFailed | None:
-        """Have the transaction's last move committed, with the verdict over the run's contract that it brings about.
+    async def end(self, move: str, rows: Sequence[Record]) -> None:
+        """Have the last move of a transaction that did not commit recorded, whoever judges its run meanwhile.
 
-        Gives back the guard of a domain's write that failed. Raises ``Lost``.
+        Raises ``Lost``.
         """
         while True:
-            self._plan.rows = await self._own.contracts.contract_rows(self._plan.request.run_id)
-            judged = with_verdict(rows, self._plan.rows, at=self._own.exchange.clock.time_us())
-            outcome = await self.write([of_tx(move)], judged, writes)
-            # Somebody judged the run between the reading and the commit: their verdict is the one to replace.
-            if outcome is None or not outcome.of_verdict:
-                return outcome
+            await self.read_contract()
+            if await self.judged(move, rows) is None:
+                return
+
+    async def read_contract(self) -> None:
+        """Look up what the journal holds of the run's contract."""
+        self._plan.rows = await self._own.contracts.contract_rows(self._plan.request.run_id)
+
+    async def judged(self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()) -> GuardFailed | None:
+        """Have a last move committed, with the verdict over the run's contract that it brings about.
+
+        Gives back the guard of a domain's write that failed, or one ``of_verdict`` where somebody judged the run, or
+        reported of it, since its contract was read. Raises ``Lost``.
+        """
+        at = self._own.exchange.clock.time_us()
+        return await self.write([of_tx(move)], with_verdict(rows, self._plan.rows, at=at), writes)
 
     async def write(
         self, moments: Sequence[str], rows: Sequence[Record], writes: Sequence[Write] = ()

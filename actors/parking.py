@@ -48,17 +48,19 @@ class Parking:
 
     async def resolve(self, envelope: Envelope, request: ResolveTransaction) -> dict[str, Any]:
         """End a parked transaction that was undone by hand. Raises ConfigurationError or JournalUnavailable."""
-        plan = await self._parked(request)
-        rows = records.resolved(
-            plan,
-            self._exchange.clock.time_us(),
-            evidence=request.evidence,
-            reason=request.reason,
-            actor=request.actor,
-        )
-        known = await self._source.contract_rows(plan.request.run_id)
-        await self._write(envelope, plan, "resolve", with_verdict(rows, known, at=self._exchange.clock.time_us()))
-        return _told(plan)
+        while True:
+            plan = await self._parked(request)
+            rows = records.resolved(
+                plan,
+                self._exchange.clock.time_us(),
+                evidence=request.evidence,
+                reason=request.reason,
+                actor=request.actor,
+            )
+            known = await self._source.contract_rows(plan.request.run_id)
+            judged = with_verdict(rows, known, at=self._exchange.clock.time_us())
+            if await self._write(envelope, plan, "resolve", judged):
+                return _told(plan)
 
     async def retry(self, envelope: Envelope, request: RetryTransaction) -> dict[str, Any]:
         """Have the rollbacks tried again, by whoever has the domains. Raises ConfigurationError, JournalUnavailable."""
@@ -87,12 +89,16 @@ class Parking:
             )
         return reload(await self._source.run_rows(row.run_id, *KINDS), row, self._parts, self._instance)
 
-    async def _write(self, envelope: Envelope, plan: Plan, move: str, rows: Sequence[Record]) -> None:
+    async def _write(self, envelope: Envelope, plan: Plan, move: str, rows: Sequence[Record]) -> bool:
+        """Have the move committed; ``False`` when only the verdict it brings about must be found anew."""
         await self._failpoint(f"{of_tx(move)}.before")
         outcome = await self._recorder.commit(rows, run_id=plan.request.run_id, parent=envelope)
         match outcome:
             case Committed():
                 await self._failpoint(f"{of_tx(move)}.after")
+                return True
+            case GuardFailed() if outcome.of_verdict:
+                return False
             case GuardFailed():
                 raise ConfigurationError(
                     f"transaction {plan.tx_id} was moved on by somebody else: see `spine why {plan.request.run_id}`"

@@ -132,7 +132,7 @@ class Reports:
                 return
             if not isinstance(outcome, GuardFailed) or outcome.of_record:
                 raise JournalUnavailable(f"{_what(request)} was not recorded: {outcome}; report it again")
-            # Somebody judged the run meanwhile: with this report the verdict may be another one again.
+            # Somebody judged the run, or reported of it, meanwhile: the verdict with this report may be another one.
         raise DeadlineExceeded(f"{_what(request)} was not recorded before its deadline: report again")
 
     async def _report(self, envelope: Envelope, run_id: str | None, tenant_id: str, record: Record) -> bool:

@@ -30,7 +30,7 @@ from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
 from spine.governance.failpoints import of_step, of_tx
 from spine.governance.recordable import copied
 from spine.governance.transactions import INTERRUPTED, UNDONE_FROM, StepState, TransactionResult, TxState
-from spine.governance.units import CommitOutcome, GuardFailed
+from spine.governance.units import CommitOutcome
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
 from spine.kernel.tasks import cancelling
@@ -145,17 +145,20 @@ class Saga:
         return answer
 
     async def _commit_point(self) -> None:
-        plan, at = self.plan, self._clock.time_us()
-        plan.rows = await self._own.contracts.contract_rows(plan.request.run_id)
-        check_contract(plan)
-        if plan.failed is not None:
-            return
-        rows, events, result = records.committed(plan, at)
-        outcome = await self._moves.end("commit", rows, plan.writes)
-        if isinstance(outcome, GuardFailed):
+        plan = self.plan
+        while True:
+            await self._moves.read_contract()
+            check_contract(plan)
+            if plan.failed is not None:
+                return
+            rows, events, result = records.committed(plan, self._clock.time_us())
+            outcome = await self._moves.judged("commit", rows, plan.writes)
+            if outcome is None:
+                break
             plan.state = TxState.EXECUTING
-            guard_failed(plan, outcome.guard, outcome.found, outcome.required)
-            return
+            if not outcome.of_verdict:
+                guard_failed(plan, outcome.guard, outcome.found, outcome.required)
+                return
         self._own.counts["committed"] += 1
         self.events, self.result = events, result
 

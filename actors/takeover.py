@@ -63,6 +63,11 @@ class Takeover:
         self._known: set[str] = set()
         self._gate = asyncio.Semaphore(AT_ONCE)
         self._unended = unended
+        self._stopping = False
+
+    def interrupt(self) -> None:
+        """The Spine stops: it claims nothing more, least of all what it has just given up itself."""
+        self._stopping = True
 
     async def keep(self, tasks: Tasks) -> None:
         """Look for stranded transactions every ``TICK_S`` seconds until cancelled."""
@@ -77,7 +82,7 @@ class Takeover:
             if not found or not self._outside:
                 return
             for row in await self._source.stranded(self._exchange.clock.time_us(), self._instance):
-                if not self._driven(row.tx_id) and row.tx_id not in self._known:
+                if not (self._stopping or self._driven(row.tx_id) or row.tx_id in self._known):
                     tasks.spawn(self._resume(row), f"takeover {row.tx_id}")
                     self._known.add(row.tx_id)
         except SpineError as error:
@@ -89,7 +94,7 @@ class Takeover:
         try:
             async with self._gate:
                 strange = self._strange(await self._reloaded(row))
-                plan = None if strange else await self._claimed(row)
+                plan = None if strange or self._stopping else await self._claimed(row)
             if plan is not None:
                 await self._drive(plan)
         finally:
