@@ -13,6 +13,7 @@ from spine.cli.operate import Actor, Reason, act_on
 from spine.cli.reading import reading
 from spine.cli.render import print_json, print_lines, print_table
 from spine.cli.support import AsJson, CommandError, Database, database_url, guarded
+from spine.kernel.printable import printable
 
 if TYPE_CHECKING:
     from spine.runtime import Spine
@@ -46,8 +47,6 @@ async def _parked(url: str) -> list[dict[str, Any]]:
 
 
 def _row(item: dict[str, Any]) -> list[str]:
-    from spine.explain.text import printable
-
     at = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(item["at"] / 1_000_000))
     named = [printable(item[name]) for name in ("tx_id", "run_id", "tenant_id", "domain")]
     return [*named, at, printable(item["error"])]
@@ -81,8 +80,6 @@ def resolve(
     if as_json:
         print_json(told)
         return 0
-    from spine.explain.text import printable
-
     lines = [("good", f"transaction {printable(told['tx_id'])} of run {printable(told['run_id'])} is {told['state']}")]
     if retry:
         lines.append(("dim", "a running application that declares its domains goes on with it"))
