@@ -11,11 +11,12 @@ from actors import completion, endings
 from actors import transaction_records as records
 from actors.completion import Part, Plan
 from actors.dependencies import Dependencies
+from actors.moves import Driving, Lost
 from actors.outbox import Outbox
 from actors.records import flat_text
 from actors.refusals import Refusals
 from actors.rows import ContractRows, RunRows, TransactionRow
-from actors.saga import Driving, Lost, Saga
+from actors.saga import Saga
 from actors.starts import implicit_start
 from actors.verdicts import with_verdict
 from spine.governance.authority import check_start
@@ -37,6 +38,8 @@ from spine.publisher import POST, Event
 # How long a completion waits for the first delivery of its events before it answers without it.
 FIRST_DELIVERY_S = 1.0
 POLL_S = 0.05
+# How often one caller's completion is begun anew where nothing but a driver's end undid it.
+ANEW_MOST = 3
 
 
 class Source(ContractRows, RunRows, Protocol):
@@ -127,6 +130,7 @@ class Attempts:
         await self._deps.recorder.flushed()
         digest = completion_digest(request)
         began = self._exchange.clock.monotonic()
+        anew = 0
         while not envelope.done:
             owner = self._deps.runs.cached(request.run_id) or await self._deps.runs.tenant(request.run_id)
             try:
@@ -144,7 +148,10 @@ class Attempts:
                     await self._wait_for(request, prior)
                     continue
                 if prior is not None and (prior.tx_id, prior.digest) == (waited, digest):
+                    if anew == ANEW_MOST:
+                        return await self._stored(request, prior)
                     await self._fail_like(request, prior)
+                    anew += 1
                 if (refusal := await self._refusals.of(request)) is not None:
                     start = self._start(request, self._exchange.clock.time_us(), starts=owner is None)
                     if await self._refusals.recorded(envelope, request, refusal, start):

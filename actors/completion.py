@@ -16,6 +16,7 @@ from spine.governance.params import id_problem
 from spine.governance.recordable import copied, recorded
 from spine.governance.transactions import (
     INTERRUPTED,
+    RAC_ROLLBACK_AUDIT_ENABLED,
     CompleteRun,
     DomainClass,
     StepState,
@@ -31,7 +32,7 @@ from spine.kernel.ids import named
 class Step:
     """One domain's part of the transaction; ``domain`` is ``None`` when this process does not know it.
 
-    ``tried`` is how many processes have ended while its rollback was asked for.
+    ``code`` and ``error`` tell why it failed or is parked, ``hiccup`` why a rollback failed that was tried again.
     """
 
     n: int
@@ -48,7 +49,7 @@ class Step:
     result: Mapping[str, Any] | None = None
     code: str | None = None
     error: str | None = None
-    tried: int = 0
+    hiccup: str | None = None
 
     @property
     def external(self) -> bool:
@@ -69,9 +70,10 @@ class Plan:
     """A transaction as its driver knows it; ``failed`` is the step that refused or failed, ``code`` and ``error`` how.
 
     ``interrupted`` tells that no domain ended it, whatever its code: the process ended, or stopped, before the answer.
-
     ``flags`` are the four authority fields it was accepted under, ``epoch`` the fencing token it is driven with,
-    ``rows`` what the journal held of the run's contract when it was planned.
+    ``rows`` what the journal held of the run's contract when it was planned. ``rollback_audit`` tells, for as long as
+    the transaction lasts, whether what is undone is acknowledged. ``stalled`` counts the drivers that have ended in a
+    row without bringing it any further.
     """
 
     request: CompleteRun
@@ -95,6 +97,8 @@ class Plan:
     duration_ms: int = 0
     start: list[Record] = field(default_factory=list)
     rows: Sequence[JournalRow] = ()
+    rollback_audit: bool = RAC_ROLLBACK_AUDIT_ENABLED
+    stalled: int = 0
 
     @property
     def writes(self) -> list[Write]:
@@ -240,6 +244,13 @@ def fail(plan: Plan, step: Step, state: StepState, code: str, error: str, cause:
     plan.interrupted = code == INTERRUPTED and cause is None
 
 
+def give_up(plan: Plan, step: Step, error: str) -> None:
+    """Mark the step at which one driver after the other ended: it is not tried once more."""
+    if step.cls is DomainClass.LOCAL:
+        step.state = move_step(step.state, StepState.INTENT, TxState.EXECUTING)
+    fail(plan, step, StepState.UNKNOWN, INTERRUPTED, error, None)
+
+
 def _ask(step: Step, facts: RunFacts) -> None:
     domain = step.domain
     if isinstance(domain, BuiltIn):
@@ -271,3 +282,16 @@ def guard_failed(plan: Plan, guard: str, found: int, required: int) -> None:
             return
         number -= len(step.writes)
     raise SpineError(f"transaction {plan.tx_id}: {guard} belongs to no domain")
+
+
+def stood_on(steps: Sequence[Step], standing: Sequence[Step]) -> set[str]:
+    """The names of the domains that those ``standing`` came after, directly or by way of others."""
+    after = {step.name: step.after for step in steps}
+    found: set[str] = set()
+    waiting = [name for step in standing for name in step.after]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting.extend(after.get(name, ()))
+    return found

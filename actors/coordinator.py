@@ -17,11 +17,11 @@ from actors.attempts import Attempts
 from actors.completion import parts_of
 from actors.dependencies import Dependencies
 from actors.effect_calls import EffectCalls
+from actors.moves import Driving
 from actors.outbox import Outbox
 from actors.parking import Parking
 from actors.recorder import Recorder
 from actors.reports import Reports
-from actors.saga import Driving
 from actors.takeover import Takeover
 from actors.transaction_log import TransactionLog
 from spine.domains import Participant, class_of

@@ -36,15 +36,13 @@ def reload(rows: Iterable[JournalRow], standing: TransactionRow, parts: Sequence
         standing.epoch,
         TxState(standing.state),
         tuple(begun["counts"]),
+        rollback_audit=begun.get("rollback_audit", True),
     )
     for body in bodies:
+        # Who claims a transaction finds that its driver has ended; every other record brings it further.
+        plan.stalled = plan.stalled + 1 if body["kind"] == "tx.claimed" else 0
         if body["kind"] == "tx.step":
             _stepped(plan.steps[body["n"]], body)
-        elif body["kind"] in ("tx.claimed", "tx.retried"):
-            # Who claims a transaction finds that somebody ended in the middle of it; a retry counts anew.
-            for step in plan.steps:
-                undoing = step.state is StepState.RB_INTENT and body["kind"] == "tx.claimed"
-                step.tried = step.tried + 1 if undoing else 0
         elif body["kind"] == "tx.aborting":
             named = (step for step in plan.steps if step.name == body["failed_domain"])
             plan.failed = next(named, None) or contract_step(plan)
@@ -91,7 +89,7 @@ def _steps(begun: Mapping[str, Any], parts: Sequence[Part]) -> list[Step]:
 
 
 def _stepped(step: Step, body: Mapping[str, Any]) -> None:
-    step.state, step.tried = StepState(body["state"]), 0
+    step.state = StepState(body["state"])
     step.error, step.code = body["error"], body["code"]
     step.descriptor = body.get("descriptor", step.descriptor)
     step.result = body.get("result", step.result)

@@ -38,8 +38,12 @@ class Refused(SpineError):
 
 
 def said_by(refusal: Refused) -> tuple[str, str]:
-    """Code and reason of a refusal, even of a subclass of the user's that does not set them."""
-    return str(getattr(refusal, "code", None) or "REFUSED"), str(getattr(refusal, "reason", None) or describe(refusal))
+    """Code and reason of a refusal, even of a subclass of the user's that does not set them or cannot give them."""
+    try:
+        code, reason = getattr(refusal, "code", None), getattr(refusal, "reason", None)
+        return str(code or "REFUSED"), str(reason or describe(refusal))
+    except BaseException:  # noqa: BLE001  foreign code, like the domain that raised it: a refusal it is all the same
+        return "REFUSED", describe(refusal)
 
 
 @dataclass(frozen=True, slots=True)
