@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol, assert_never
+from typing import Any, Protocol, assert_never
 
 from actors import completion, endings
 from actors import transaction_records as records
@@ -22,7 +22,6 @@ from actors.verdicts import with_verdict
 from spine.governance.authority import check_start
 from spine.governance.failpoints import BEGIN, of_tx
 from spine.governance.transactions import (
-    INTERRUPTED,
     CompleteRun,
     TransactionFailed,
     TransactionPhase,
@@ -330,16 +329,18 @@ class Attempts:
 
     async def _fail_like(self, request: CompleteRun, prior: TransactionRow) -> None:
         """Who waited for an attempt that was rolled back is told so, unless nothing but a process's end undid it."""
-        try:
-            await self._stored(request, prior)
-        except TransactionFailed as failed:
-            if failed.code != INTERRUPTED:
-                raise
+        body = await self._ending(prior)
+        if not body.get("interrupted"):
+            raise endings.not_committed(request, prior, body)
 
     async def _stored(self, request: CompleteRun, prior: TransactionRow) -> TransactionResult:
         """The result of a completion that ended before; raises what it ended with."""
-        body = {} if prior.seq_ended is None else await self._deps.source.body_at(prior.seq_ended)
+        body = await self._ending(prior)
         if prior.state != TxState.COMMITTED or not body:
             raise endings.not_committed(request, prior, body)
         rows = await self._source.run_rows(request.run_id, "event", "event.published")
         return endings.stored(TransactionResult.from_dict(body["result"]), prior.tx_id, [row.body for row in rows])
+
+    async def _ending(self, prior: TransactionRow) -> Mapping[str, Any]:
+        """The record of how the attempt ended; empty while it has not."""
+        return {} if prior.seq_ended is None else await self._deps.source.body_at(prior.seq_ended)

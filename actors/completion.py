@@ -70,6 +70,7 @@ class Step:
 class Plan:
     """A transaction as its driver knows it; ``failed`` is the step that refused or failed, ``code`` and ``error`` how.
 
+    ``interrupted`` tells that no domain ended it, whatever its code: the process ended, or stopped, before the answer.
     ``flags`` are the four authority fields it was accepted under, ``epoch`` the fencing token it is driven with,
     ``rows`` what the journal held of the run's contract when it was planned. ``rollback_audit`` tells, for as long as
     the transaction lasts, whether what is undone is acknowledged. ``stalled`` counts the drivers that have ended in a
@@ -93,6 +94,7 @@ class Plan:
     code: str | None = None
     error: str | None = None
     cause: BaseException | None = None
+    interrupted: bool = False
     duration_ms: int = 0
     start: list[Record] = field(default_factory=list)
     rows: Sequence[JournalRow] = ()
@@ -223,6 +225,8 @@ def fail(plan: Plan, step: Step, state: StepState, code: str, error: str, cause:
         step.state = move_step(step.state, state, TxState.EXECUTING)
     step.code, step.error = plan.code, plan.error = text(code), text(error)
     plan.failed, plan.cause = step, cause
+    # A domain that spells the same code has raised something.
+    plan.interrupted = code == INTERRUPTED and cause is None
 
 
 def give_up(plan: Plan, step: Step, error: str) -> None:

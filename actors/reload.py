@@ -47,6 +47,7 @@ def reload(rows: Iterable[JournalRow], standing: TransactionRow, parts: Sequence
             named = (step for step in plan.steps if step.name == body["failed_domain"])
             plan.failed = next(named, None) or contract_step(plan)
             plan.code, plan.error = body["code"], body["error"]
+            plan.interrupted = body.get("interrupted", False)
             if not plan.failed.external:
                 plan.failed.code, plan.failed.error = plan.code, plan.error
             if plan.failed.cls is DomainClass.LOCAL:

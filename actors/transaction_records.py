@@ -159,6 +159,7 @@ def aborting(plan: Plan, at: int) -> list[Record]:
             "failed_domain": failed.name,
             "code": plan.code,
             "error": plan.error,
+            "interrupted": plan.interrupted,
         },
     )
     if failed not in plan.steps:
@@ -198,6 +199,7 @@ def aborted(plan: Plan, at: int) -> tuple[list[Record], TransactionResult]:
                 "failed_domain": failed.name,
                 "code": plan.code,
                 "error": plan.error,
+                "interrupted": plan.interrupted,
                 "result": result.to_dict(),
             },
         )

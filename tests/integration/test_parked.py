@@ -119,6 +119,7 @@ async def test_what_is_parked_is_tried_again_when_an_operator_says_so(database_u
     spine, pay = stubborn(database_url, world)
     async with running(spine):
         tx_id = await parked(spine)
+        assert await spine._system.reader.parked_like(tx_id[:-1]) == (1, [tx_id])
         for round_ in (1, 2):
             told = await spine.retry(tx_id, reason="the bank opened", actor="op")
             assert (told["tx_id"], told["run_id"], told["state"]) == (tx_id, "run-1", "COMPENSATING")
@@ -127,6 +128,9 @@ async def test_what_is_parked_is_tried_again_when_an_operator_says_so(database_u
         pay.rollbacks = well
         await spine.retry(tx_id, reason="now it has", actor="op")
         await until(lambda: transactions(database_url) == ["ABORTED"])
+        assert await spine._system.reader.parked_like(tx_id[:-1]) == (0, [])
+        found = await spine._system.reader.transaction_like(tx_id[:-1])
+        assert found is not None and (found.tx_id, found.state) == (tx_id, "ABORTED")
         why = await spine.why("run-1")
         assert (why.verdict, why.cause.code) == ("rolled_back", "NO_FUNDS")
         with pytest.raises(ConfigurationError, match="ABORTED, not PARKED"):
