@@ -9,7 +9,7 @@ from typing import Any, Protocol, assert_never
 
 from actors import completion, endings
 from actors import transaction_records as records
-from actors.completion import Part, Plan
+from actors.completion import Plan
 from actors.dependencies import Dependencies
 from actors.moves import Driving, Lost
 from actors.outbox import Outbox
@@ -33,6 +33,7 @@ from spine.governance.transactions import (
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, StaleEpoch, StorageFailed
 from spine.kernel.errors import JournalError
 from spine.kernel.messages import Envelope
+from spine.parts import Part
 from spine.publisher import POST, Event
 
 # How long a completion waits for the first delivery of its events before it answers without it.

@@ -9,8 +9,9 @@ from typing import Any
 
 from actors.records import text
 from actors.verdicts import lacking
-from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, said_by
-from spine.domains import Part as Part  # noqa: PLC0414  exported: plans are made of parts
+from spine.built_in import BuiltIn, Row
+from spine.domains import Local, Refused, RunFacts, said_by
+from spine.effects import ATTEMPTS, TIMEOUT_S
 from spine.explain.story import JournalRow
 from spine.governance.contract import FINALIZE, AckStatus
 from spine.governance.params import id_problem
@@ -27,11 +28,12 @@ from spine.governance.transactions import (
 from spine.governance.units import WRITE_GUARD, Record, Write
 from spine.kernel.errors import ConfigurationError, SpineError, describe
 from spine.kernel.ids import named
+from spine.parts import Part, Participant
 
 
 @dataclass(slots=True)
 class Step:
-    """One domain's part of the transaction; ``domain`` is ``None`` when this process does not know it.
+    """One part of the transaction; ``domain`` is ``None`` when this process does not know it.
 
     ``code`` and ``error`` tell why it failed or is parked, ``hiccup`` why a rollback failed that was tried again.
     """
@@ -43,6 +45,8 @@ class Step:
     after: tuple[str, ...]
     effect_id: str
     domain: Participant | None
+    timeout_s: float = TIMEOUT_S
+    attempts: int = ATTEMPTS
     state: StepState = StepState.PLANNED
     rows: tuple[Row, ...] = ()
     writes: tuple[Write, ...] = ()
@@ -145,7 +149,7 @@ class Plan:
 def steps_of(parts: Sequence[Part], tx_id: str) -> list[Step]:
     """The steps of a new transaction."""
     return [
-        Step(n, part.name, part.cls, part.action, part.after, effect, part.domain)
+        Step(n, part.name, part.cls, part.action, part.after, effect, part.domain, part.timeout_s, part.attempts)
         for n, (part, effect) in enumerate(zip(parts, named(tx_id, [part.name for part in parts]), strict=True))
     ]
 

@@ -12,7 +12,6 @@ from actors.records import text
 from actors.reload import KINDS, reload
 from actors.rows import ContractRows, Transactions
 from actors.verdicts import with_verdict
-from spine.domains import Part
 from spine.governance.failpoints import Failpoint, of_tx
 from spine.governance.parking import ResolveTransaction, RetryTransaction, validate
 from spine.governance.transactions import TxState
@@ -20,6 +19,7 @@ from spine.governance.units import Committed, GuardFailed, Record
 from spine.kernel.errors import ConfigurationError, JournalUnavailable
 from spine.kernel.exchange import Exchange
 from spine.kernel.messages import Envelope
+from spine.parts import Part
 
 
 class Source(Transactions, ContractRows, Protocol):

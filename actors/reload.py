@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from actors.completion import Part, Plan, Step, contract_step
+from actors.completion import Plan, Step, contract_step
 from actors.rows import TransactionRow
 from spine.explain.story import JournalRow
 from spine.governance.transactions import CompleteRun, DomainClass, StepState, TxState
 from spine.kernel.errors import JournalBroken
+from spine.parts import Part
 
 # Of what kinds the records are that are read here.
 KINDS = ("tx.begun", "tx.step", "tx.aborting", "tx.claimed", "tx.retried")
@@ -73,19 +74,23 @@ def _request(begun: Mapping[str, Any]) -> CompleteRun:
 
 
 def _steps(begun: Mapping[str, Any], parts: Sequence[Part]) -> list[Step]:
-    known = {(part.name, part.cls): part.domain for part in parts}
-    return [
-        Step(
+    known = {(part.name, part.cls.value): part for part in parts}
+    found = []
+    for entry in begun["domains"]:
+        step = Step(
             entry["n"],
             entry["name"],
             DomainClass(entry["class"]),
             entry["action"],
             tuple(entry["after"]),
             entry["effect_id"],
-            known.get((entry["name"], DomainClass(entry["class"]))),
+            None,
         )
-        for entry in begun["domains"]
-    ]
+        part = known.get((entry["name"], entry["class"]))
+        if part is not None:
+            step.domain, step.timeout_s, step.attempts = part.domain, part.timeout_s, part.attempts
+        found.append(step)
+    return found
 
 
 def _stepped(step: Step, body: Mapping[str, Any]) -> None:

@@ -25,8 +25,9 @@ from actors.completion import (
 from actors.effect_calls import Answer, Answered, Unanswered
 from actors.moves import Driving, Lost, Moves
 from actors.records import text
-from spine.domains import BuiltIn, Refused, said_by
-from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
+from spine.built_in import BuiltIn
+from spine.domains import Refused, said_by
+from spine.effects import TOMBSTONED, Effect
 from spine.governance.failpoints import of_step, of_tx
 from spine.governance.recordable import copied
 from spine.governance.transactions import INTERRUPTED, UNDONE_FROM, StepState, TransactionResult, TxState
@@ -135,7 +136,7 @@ class Saga:
         if sent and await self._status(step) == TOMBSTONED:
             return Unanswered("TOMBSTONED", f"domain {step.name!r} has undone this effect already")
         answer: Answer = Unanswered(INTERRUPTED, f"the process ended before domain {step.name!r} had answered")
-        for attempt in range(sent + 1, attempts_of(step.domain) + 1):
+        for attempt in range(sent + 1, step.attempts + 1):
             if attempt > sent + 1:
                 await self._pause(attempt - 1)
             answer = await self._ask("forward", step, attempt)
@@ -260,7 +261,7 @@ class Saga:
             plan.request.tenant_id,
             plan.epoch,
             attempt,
-            self._clock.monotonic() + timeout_of(step.domain),
+            self._clock.monotonic() + step.timeout_s,
             # Its own: what it changes in it must not reach the next call.
             copied(dict(step.descriptor)),
         )

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from actors.completion import Part, Plan
+from actors.completion import Plan
 from actors.recorder import Recorder
 from actors.reload import KINDS, reload
 from actors.rows import TransactionRow, Transactions
@@ -17,6 +17,7 @@ from spine.governance.units import Committed, Record
 from spine.kernel.errors import SpineError
 from spine.kernel.exchange import Exchange
 from spine.kernel.tasks import Tasks
+from spine.parts import Part
 
 TICK_S = 1.0
 AT_ONCE = 16
