@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol, assert_never
+from typing import Any, Protocol, assert_never
 
 from actors import completion, endings
 from actors import transaction_records as records
-from actors.completion import Part, Plan
+from actors.completion import Plan
 from actors.dependencies import Dependencies
+from actors.moves import Driving, Lost
 from actors.outbox import Outbox
 from actors.records import flat_text
 from actors.refusals import Refusals
 from actors.rows import ContractRows, RunRows, TransactionRow
-from actors.saga import Driving, Lost, Saga
+from actors.saga import Saga
 from actors.starts import implicit_start
 from actors.verdicts import with_verdict
 from spine.governance.authority import check_start
 from spine.governance.failpoints import BEGIN, of_tx
 from spine.governance.transactions import (
-    INTERRUPTED,
     CompleteRun,
     TransactionFailed,
     TransactionPhase,
@@ -33,11 +33,14 @@ from spine.governance.transactions import (
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, StaleEpoch, StorageFailed
 from spine.kernel.errors import JournalError
 from spine.kernel.messages import Envelope
+from spine.parts import Part
 from spine.publisher import POST, Event
 
 # How long a completion waits for the first delivery of its events before it answers without it.
 FIRST_DELIVERY_S = 1.0
 POLL_S = 0.05
+# How often one caller's completion is begun anew where nothing but a driver's end undid it.
+ANEW_MOST = 3
 
 
 class Source(ContractRows, RunRows, Protocol):
@@ -128,6 +131,7 @@ class Attempts:
         await self._deps.recorder.flushed()
         digest = completion_digest(request)
         began = self._exchange.clock.monotonic()
+        anew = 0
         while not envelope.done:
             owner = self._deps.runs.cached(request.run_id) or await self._deps.runs.tenant(request.run_id)
             try:
@@ -145,7 +149,10 @@ class Attempts:
                     await self._wait_for(request, prior)
                     continue
                 if prior is not None and (prior.tx_id, prior.digest) == (waited, digest):
+                    if anew == ANEW_MOST:
+                        return await self._stored(request, prior)
                     await self._fail_like(request, prior)
+                    anew += 1
                 if (refusal := await self._refusals.of(request)) is not None:
                     start = self._start(request, self._exchange.clock.time_us(), starts=owner is None)
                     if await self._refusals.recorded(envelope, request, refusal, start):
@@ -323,16 +330,18 @@ class Attempts:
 
     async def _fail_like(self, request: CompleteRun, prior: TransactionRow) -> None:
         """Who waited for an attempt that was rolled back is told so, unless nothing but a process's end undid it."""
-        try:
-            await self._stored(request, prior)
-        except TransactionFailed as failed:
-            if failed.code != INTERRUPTED:
-                raise
+        body = await self._ending(prior)
+        if not body.get("interrupted"):
+            raise endings.not_committed(request, prior, body)
 
     async def _stored(self, request: CompleteRun, prior: TransactionRow) -> TransactionResult:
         """The result of a completion that ended before; raises what it ended with."""
-        body = {} if prior.seq_ended is None else await self._deps.source.body_at(prior.seq_ended)
+        body = await self._ending(prior)
         if prior.state != TxState.COMMITTED or not body:
             raise endings.not_committed(request, prior, body)
         rows = await self._source.run_rows(request.run_id, "event", "event.published")
         return endings.stored(TransactionResult.from_dict(body["result"]), prior.tx_id, [row.body for row in rows])
+
+    async def _ending(self, prior: TransactionRow) -> Mapping[str, Any]:
+        """The record of how the attempt ended; empty while it has not."""
+        return {} if prior.seq_ended is None else await self._deps.source.body_at(prior.seq_ended)

@@ -9,13 +9,16 @@ from typing import Any
 
 from actors.records import text
 from actors.verdicts import lacking
-from spine.domains import BuiltIn, Local, Participant, Refused, Row, RunFacts, said_by
-from spine.domains import Part as Part  # noqa: PLC0414  exported: plans are made of parts
+from spine.built_in import BuiltIn, Row
+from spine.domains import Local, Refused, RunFacts, said_by
+from spine.effects import ATTEMPTS, TIMEOUT_S
 from spine.explain.story import JournalRow
 from spine.governance.contract import FINALIZE, AckStatus
 from spine.governance.params import id_problem
 from spine.governance.recordable import copied, recorded
 from spine.governance.transactions import (
+    INTERRUPTED,
+    RAC_ROLLBACK_AUDIT_ENABLED,
     CompleteRun,
     DomainClass,
     StepState,
@@ -25,13 +28,14 @@ from spine.governance.transactions import (
 from spine.governance.units import WRITE_GUARD, Record, Write
 from spine.kernel.errors import ConfigurationError, SpineError, describe
 from spine.kernel.ids import named
+from spine.parts import Part, Participant
 
 
 @dataclass(slots=True)
 class Step:
-    """One domain's part of the transaction; ``domain`` is ``None`` when this process does not know it.
+    """One part of the transaction; ``domain`` is ``None`` when this process does not know it.
 
-    ``tried`` is how many processes have ended while its rollback was asked for.
+    ``code`` and ``error`` tell why it failed or is parked, ``hiccup`` why a rollback failed that was tried again.
     """
 
     n: int
@@ -41,6 +45,8 @@ class Step:
     after: tuple[str, ...]
     effect_id: str
     domain: Participant | None
+    timeout_s: float = TIMEOUT_S
+    attempts: int = ATTEMPTS
     state: StepState = StepState.PLANNED
     rows: tuple[Row, ...] = ()
     writes: tuple[Write, ...] = ()
@@ -48,7 +54,7 @@ class Step:
     result: Mapping[str, Any] | None = None
     code: str | None = None
     error: str | None = None
-    tried: int = 0
+    hiccup: str | None = None
 
     @property
     def external(self) -> bool:
@@ -68,8 +74,11 @@ class Step:
 class Plan:
     """A transaction as its driver knows it; ``failed`` is the step that refused or failed, ``code`` and ``error`` how.
 
+    ``interrupted`` tells that no domain ended it, whatever its code: the process ended, or stopped, before the answer.
     ``flags`` are the four authority fields it was accepted under, ``epoch`` the fencing token it is driven with,
-    ``rows`` what the journal held of the run's contract when it was planned.
+    ``rows`` what the journal held of the run's contract when it was planned. ``rollback_audit`` tells, for as long as
+    the transaction lasts, whether what is undone is acknowledged. ``stalled`` counts the drivers that have ended in a
+    row without bringing it any further.
     """
 
     request: CompleteRun
@@ -89,9 +98,12 @@ class Plan:
     code: str | None = None
     error: str | None = None
     cause: BaseException | None = None
+    interrupted: bool = False
     duration_ms: int = 0
     start: list[Record] = field(default_factory=list)
     rows: Sequence[JournalRow] = ()
+    rollback_audit: bool = RAC_ROLLBACK_AUDIT_ENABLED
+    stalled: int = 0
 
     @property
     def writes(self) -> list[Write]:
@@ -137,7 +149,7 @@ class Plan:
 def steps_of(parts: Sequence[Part], tx_id: str) -> list[Step]:
     """The steps of a new transaction."""
     return [
-        Step(n, part.name, part.cls, part.action, part.after, effect, part.domain)
+        Step(n, part.name, part.cls, part.action, part.after, effect, part.domain, part.timeout_s, part.attempts)
         for n, (part, effect) in enumerate(zip(parts, named(tx_id, [part.name for part in parts]), strict=True))
     ]
 
@@ -217,6 +229,15 @@ def fail(plan: Plan, step: Step, state: StepState, code: str, error: str, cause:
         step.state = move_step(step.state, state, TxState.EXECUTING)
     step.code, step.error = plan.code, plan.error = text(code), text(error)
     plan.failed, plan.cause = step, cause
+    # A domain that spells the same code has raised something.
+    plan.interrupted = code == INTERRUPTED and cause is None
+
+
+def give_up(plan: Plan, step: Step, error: str) -> None:
+    """Mark the step at which one driver after the other ended: it is not tried once more."""
+    if step.cls is DomainClass.LOCAL:
+        step.state = move_step(step.state, StepState.INTENT, TxState.EXECUTING)
+    fail(plan, step, StepState.UNKNOWN, INTERRUPTED, error, None)
 
 
 def _ask(step: Step, facts: RunFacts) -> None:
@@ -249,3 +270,16 @@ def guard_failed(plan: Plan, guard: str, found: int | None, required: int) -> No
             return
         number -= len(step.writes)
     raise SpineError(f"transaction {plan.tx_id}: {guard} belongs to no domain")
+
+
+def stood_on(steps: Sequence[Step], standing: Sequence[Step]) -> set[str]:
+    """The names of the domains that those ``standing`` came after, directly or by way of others."""
+    after = {step.name: step.after for step in steps}
+    found: set[str] = set()
+    waiting = [name for step in standing for name in step.after]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting.extend(after.get(name, ()))
+    return found

@@ -10,29 +10,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, assert_never, cast
+from typing import Protocol, assert_never
 
 from actors import attempts, outbox, takeover
 from actors.attempts import Attempts
 from actors.dependencies import Dependencies
 from actors.effect_calls import EffectCalls
+from actors.moves import Driving
 from actors.outbox import Outbox
 from actors.parking import Parking
 from actors.recorder import Recorder
 from actors.reports import Reports
-from actors.saga import Driving
 from actors.takeover import Takeover
 from actors.transaction_log import TransactionLog
-from spine.domains import Part
-from spine.effects import Post
 from spine.governance.contract import Acknowledge
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
 from spine.governance.failpoints import Failpoint
 from spine.governance.parking import ResolveTransaction, RetryTransaction
-from spine.governance.transactions import CompleteRun, DomainClass, TxState
+from spine.governance.transactions import CompleteRun, TxState
 from spine.kernel.actor import Actor
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
+from spine.parts import Part
 from spine.publisher import Publisher
 from spine.settings import Retry
 
@@ -91,14 +90,13 @@ class Coordinator(Actor):
         self._own = own
         self._tasks = Tasks(NAME, limit=deps.calls_most, on_crash=self.task_crashed)
         self._calls = EffectCalls(deps.exchange, own.failpoint, self.task_crashed)
-        posts = {part.name: cast(Post, part.domain) for part in own.parts if part.cls is DomainClass.POST}
         self._outbox = Outbox(
             deps.exchange,
             deps.ids,
             own.recorder,
             own.source,
             own.publisher,
-            posts=posts,
+            parts=own.parts,
             redeliver=own.redeliver,
             calls=self._calls,
             failpoint=own.failpoint,
@@ -147,6 +145,7 @@ class Coordinator(Actor):
         """Let running completions end or be undone; what is left stays in the journal, to be gone on with."""
         for task in self._housekeeping:
             task.cancel()
+        self._takeover.interrupt()
         self._attempts.interrupt()
         await self._tasks.drained(STOP_S)
         delivered = await self._outbox.stop(0.5)

@@ -15,7 +15,8 @@ from spine.kernel.errors import Overloaded, describe
 from spine.kernel.exchange import Exchange
 from spine.kernel.tasks import Tasks
 
-CALLS_MOST: Final = 4096
+# Of one kind, such as the rollbacks of one domain: whose calls hang keeps nobody else's from being made.
+CALLS_MOST: Final = 1024
 
 Method = Callable[[Effect], Awaitable[Any]]
 
@@ -47,18 +48,22 @@ class EffectCalls:
     ) -> None:
         self._exchange = exchange
         self._failpoint = failpoint
-        self._tasks = Tasks("effects", limit=CALLS_MOST, on_crash=on_crash)
+        self._on_crash = on_crash
+        self._kinds: dict[str, Tasks] = {}
 
     async def call(self, name: str, what: str, method: Method, effect: Effect) -> Answer:
         """Call ``method`` of domain ``name`` until ``effect.deadline``; never raises what the domain raises."""
         return await self.run(f"{what} of domain {name!r}", of_call(what), partial(method, effect), effect.deadline)
 
     async def run(self, label: str, moment: str, work: Callable[[], Awaitable[Any]], deadline: float) -> Answer:
-        """Run foreign code until ``deadline`` (monotonic seconds); what will not end then is left behind."""
+        """Run foreign code until ``deadline`` (monotonic seconds); what will not end then is left behind.
+
+        Of one ``label`` at most ``CALLS_MOST`` run at a time, those left behind among them.
+        """
         await self._failpoint(f"{moment}.before")
         running = _Running(self._exchange, deadline)
         try:
-            running.task = self._tasks.spawn(running.run(work), label)
+            running.task = self._tasks(label).spawn(running.run(work), label)
         except Overloaded as error:
             return Unanswered("OVERLOADED", str(error), error)
         self._exchange.deadlines.add(deadline, running)
@@ -73,8 +78,15 @@ class EffectCalls:
         return running.answer(label)
 
     async def stop(self, seconds: float) -> bool:
-        """Cancel what still runs; ``False`` when one refuses to end."""
-        return await self._tasks.cancel(seconds)
+        """Cancel what still runs and wait at most ``seconds``; ``False`` when one refuses to end."""
+        ended = await asyncio.gather(*(tasks.cancel(seconds) for tasks in self._kinds.values()))
+        return all(ended)
+
+    def _tasks(self, label: str) -> Tasks:
+        found = self._kinds.get(label)
+        if found is None:
+            found = self._kinds[label] = Tasks(label, limit=CALLS_MOST, on_crash=self._on_crash)
+        return found
 
 
 class _Running:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
 from actors.recorder import Recorder
@@ -16,9 +16,10 @@ from actors.records import ack
 from actors.rows import ContractRows, RunRows
 from actors.verdicts import with_verdict
 from spine.domains import Refused
-from spine.effects import Effect, Post, timeout_of
+from spine.effects import Effect, Post
 from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint
 from spine.governance.recordable import copied
+from spine.governance.transactions import DomainClass
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record
 from spine.kernel.errors import JournalError, Overloaded
 from spine.kernel.exchange import Exchange
@@ -26,6 +27,7 @@ from spine.kernel.ids import Ids
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
 from spine.kernel.tasks import Tasks
+from spine.parts import Part
 from spine.publisher import POST, Event, Publisher
 
 PUBLISH_S = 10.0
@@ -79,7 +81,7 @@ class Outbox:
         source: PendingEvents,
         publisher: Publisher,
         *,
-        posts: Mapping[str, Post],
+        parts: Sequence[Part],
         redeliver: bool,
         calls: EffectCalls,
         failpoint: Failpoint,
@@ -91,7 +93,7 @@ class Outbox:
         self._recorder = recorder
         self._source = source
         self._publisher = publisher
-        self._posts = posts
+        self._posts = {part.name: part for part in parts if part.cls is DomainClass.POST}
         self._redeliver = redeliver
         self._calls = calls
         self._failpoint = failpoint
@@ -102,7 +104,7 @@ class Outbox:
         self._lines: dict[str, _Line] = {}
         self._queued: set[str] = set()
         self._delivered: set[str] = set()
-        self._gates = {name: asyncio.Semaphore(DELIVERIES) for name in ("", *(f"{POST}{post}" for post in posts))}
+        self._gates = {name: asyncio.Semaphore(DELIVERIES) for name in ("", *(f"{POST}{post}" for post in self._posts))}
 
     def _crashed(self, name: str, error: BaseException) -> None:
         self._exchange.tracer.fault("spine.task.crashed", exc=error, actor="outbox", task=name)
@@ -296,7 +298,7 @@ class Outbox:
 
     async def _post(self, event: Event, attempt: int) -> Answer:
         name = event.type.removeprefix(POST)
-        domain = self._posts[name]
+        part = self._posts[name]
         effect = Effect(
             event.event_id,
             event.tx_id,
@@ -304,10 +306,10 @@ class Outbox:
             event.tenant_id,
             event.epoch,
             attempt,
-            self._exchange.clock.monotonic() + timeout_of(domain),
+            self._exchange.clock.monotonic() + part.timeout_s,
             copied(event.payload["descriptor"]),
         )
-        return await self._calls.call(name, "post", domain.post, effect)
+        return await self._calls.call(name, "post", cast(Post, part.domain).post, effect)
 
     def _ack(self, event: Event) -> Record:
         return ack(

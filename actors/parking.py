@@ -12,14 +12,14 @@ from actors.records import text
 from actors.reload import KINDS, reload
 from actors.rows import ContractRows, Transactions
 from actors.verdicts import with_verdict
-from spine.domains import Part
 from spine.governance.failpoints import Failpoint, of_tx
 from spine.governance.parking import ResolveTransaction, RetryTransaction, validate
 from spine.governance.transactions import TxState
 from spine.governance.units import Committed, GuardFailed, Record
-from spine.kernel.errors import ConfigurationError, DeadlineExceeded, JournalUnavailable
+from spine.kernel.errors import ConfigurationError, JournalUnavailable
 from spine.kernel.exchange import Exchange
 from spine.kernel.messages import Envelope
+from spine.parts import Part
 
 
 class Source(Transactions, ContractRows, Protocol):
@@ -47,25 +47,20 @@ class Parking:
         self._failpoint = failpoint
 
     async def resolve(self, envelope: Envelope, request: ResolveTransaction) -> dict[str, Any]:
-        """End a parked transaction that was undone by hand, with the verdict over its run's contract that follows.
-
-        Raises ConfigurationError, JournalUnavailable or DeadlineExceeded.
-        """
-        plan = await self._parked(request)
-        rows = records.resolved(
-            plan,
-            self._exchange.clock.time_us(),
-            evidence=request.evidence,
-            reason=request.reason,
-            actor=request.actor,
-        )
-        while not envelope.done:
+        """End a parked transaction that was undone by hand. Raises ConfigurationError or JournalUnavailable."""
+        while True:
+            plan = await self._parked(request)
+            rows = records.resolved(
+                plan,
+                self._exchange.clock.time_us(),
+                evidence=request.evidence,
+                reason=request.reason,
+                actor=request.actor,
+            )
             known = await self._source.contract_rows(plan.request.run_id)
             judged = with_verdict(rows, known, at=self._exchange.clock.time_us())
             if await self._write(envelope, plan, "resolve", judged):
                 return _told(plan)
-            # Somebody judged the run between the reading and the commit: their verdict is the one to replace.
-        raise DeadlineExceeded(f"transaction {plan.tx_id} was not moved before the deadline: try again")
 
     async def retry(self, envelope: Envelope, request: RetryTransaction) -> dict[str, Any]:
         """Have the rollbacks tried again, by whoever has the domains. Raises ConfigurationError, JournalUnavailable."""
@@ -95,7 +90,7 @@ class Parking:
         return reload(await self._source.run_rows(row.run_id, *KINDS), row, self._parts, self._instance)
 
     async def _write(self, envelope: Envelope, plan: Plan, move: str, rows: Sequence[Record]) -> bool:
-        """Have a move committed; ``False`` when its verdict was overtaken by another one."""
+        """Have the move committed; ``False`` when only the verdict it brings about must be found anew."""
         await self._failpoint(f"{of_tx(move)}.before")
         outcome = await self._recorder.commit(rows, run_id=plan.request.run_id, parent=envelope)
         match outcome:

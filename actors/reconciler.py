@@ -1,6 +1,7 @@
 """Keeps the runtime audit contract: judges a run's promises on demand, and every run's when its time is over.
 
-Two processes on one database may judge the same run: the record names the one it replaces, so that one of them stands.
+Two processes on one database may judge the same run: the record names the row it replaces, so that one of them stands,
+and whoever was overtaken, by a verdict or by a report, judges again.
 """
 
 from __future__ import annotations
@@ -84,17 +85,20 @@ class Reconciler:
         return await self._judge(request.run_id, envelope)
 
     async def _judge(self, run_id: str, parent: Envelope | None) -> Reconciliation:
-        contract = read_contract(await self._source.contract_rows(run_id))
-        if contract is None:
-            raise ContractError("UNKNOWN_RUN", f"run {run_id!r} was never started: `spine runs` lists those there are")
-        found, verdict = judge(contract, self._exchange.clock.time_us())
-        if verdict is None:
-            return found
-        outcome = await self._recorder.commit([verdict], run_id=run_id, parent=parent)
-        # A failed guard: somebody judged the run meanwhile, and their verdict stands.
-        if not isinstance(outcome, Committed | GuardFailed):
-            raise JournalUnavailable(
-                f"the verdict over the contract of run {run_id!r} was not recorded: {outcome}; free the journal's "
-                "storage and ask again"
-            )
-        return found
+        while True:
+            contract = read_contract(await self._source.contract_rows(run_id))
+            if contract is None:
+                raise ContractError(
+                    "UNKNOWN_RUN", f"run {run_id!r} was never started: `spine runs` lists those there are"
+                )
+            found, verdict = judge(contract, self._exchange.clock.time_us())
+            if verdict is None:
+                return found
+            outcome = await self._recorder.commit([verdict], run_id=run_id, parent=parent)
+            if isinstance(outcome, Committed):
+                return found
+            if not (isinstance(outcome, GuardFailed) and outcome.of_verdict):
+                raise JournalUnavailable(
+                    f"the verdict over the contract of run {run_id!r} was not recorded: {outcome}; free the journal's "
+                    "storage and ask again"
+                )

@@ -9,7 +9,6 @@ from actors import endings
 from actors.dependencies import Dependencies
 from actors.recorder import Recorder
 from actors.records import text
-from spine.domains import Part
 from spine.effects import reversible
 from spine.governance.params import id_problem
 from spine.governance.transactions import (
@@ -23,6 +22,7 @@ from spine.governance.transactions import (
 )
 from spine.governance.units import Committed, Record, StorageFailed
 from spine.kernel.messages import Envelope
+from spine.parts import Part
 
 Refusal = TransactionFailed | CompletionConflict | RollbackNotSupportedError
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from actors.completion import Part, Plan, Step, contract_step
+from actors.completion import Plan, Step, contract_step
 from actors.rows import TransactionRow
 from spine.explain.story import JournalRow
 from spine.governance.transactions import CompleteRun, DomainClass, StepState, TxState
 from spine.kernel.errors import JournalBroken
+from spine.parts import Part
 
 # Of what kinds the records are that are read here.
 KINDS = ("tx.begun", "tx.step", "tx.aborting", "tx.claimed", "tx.retried")
@@ -36,19 +37,18 @@ def reload(rows: Iterable[JournalRow], standing: TransactionRow, parts: Sequence
         standing.epoch,
         TxState(standing.state),
         tuple(begun["counts"]),
+        rollback_audit=begun.get("rollback_audit", True),
     )
     for body in bodies:
+        # Who claims a transaction finds that its driver has ended; every other record brings it further.
+        plan.stalled = plan.stalled + 1 if body["kind"] == "tx.claimed" else 0
         if body["kind"] == "tx.step":
             _stepped(plan.steps[body["n"]], body)
-        elif body["kind"] in ("tx.claimed", "tx.retried"):
-            # Who claims a transaction finds that somebody ended in the middle of it; a retry counts anew.
-            for step in plan.steps:
-                undoing = step.state is StepState.RB_INTENT and body["kind"] == "tx.claimed"
-                step.tried = step.tried + 1 if undoing else 0
         elif body["kind"] == "tx.aborting":
             named = (step for step in plan.steps if step.name == body["failed_domain"])
             plan.failed = next(named, None) or contract_step(plan)
             plan.code, plan.error = body["code"], body["error"]
+            plan.interrupted = body.get("interrupted", False)
             if not plan.failed.external:
                 plan.failed.code, plan.failed.error = plan.code, plan.error
             if plan.failed.cls is DomainClass.LOCAL:
@@ -74,23 +74,27 @@ def _request(begun: Mapping[str, Any]) -> CompleteRun:
 
 
 def _steps(begun: Mapping[str, Any], parts: Sequence[Part]) -> list[Step]:
-    known = {(part.name, part.cls): part.domain for part in parts}
-    return [
-        Step(
+    known = {(part.name, part.cls.value): part for part in parts}
+    found = []
+    for entry in begun["domains"]:
+        step = Step(
             entry["n"],
             entry["name"],
             DomainClass(entry["class"]),
             entry["action"],
             tuple(entry["after"]),
             entry["effect_id"],
-            known.get((entry["name"], DomainClass(entry["class"]))),
+            None,
         )
-        for entry in begun["domains"]
-    ]
+        part = known.get((entry["name"], entry["class"]))
+        if part is not None:
+            step.domain, step.timeout_s, step.attempts = part.domain, part.timeout_s, part.attempts
+        found.append(step)
+    return found
 
 
 def _stepped(step: Step, body: Mapping[str, Any]) -> None:
-    step.state, step.tried = StepState(body["state"]), 0
+    step.state = StepState(body["state"])
     step.error, step.code = body["error"], body["code"]
     step.descriptor = body.get("descriptor", step.descriptor)
     step.result = body.get("result", step.result)

@@ -16,7 +16,7 @@ from actors.recorder import Recorder
 from actors.records import ack, text
 from actors.starts import implicit_start
 from actors.verdicts import with_verdict
-from spine.domains import Part, lesson_row, policy_evaluation_row
+from spine.built_in import lesson_row, policy_evaluation_row
 from spine.explain.contract import read_contract
 from spine.governance.contract import FINALIZE, Acknowledge, AckStatus, ContractError, Key
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson
@@ -24,6 +24,7 @@ from spine.governance.params import PARAMS_MOST_BYTES, id_problem
 from spine.governance.units import Committed, GuardFailed, Record, StaleEpoch
 from spine.kernel.errors import DeadlineExceeded, JournalError, JournalUnavailable, SpineError
 from spine.kernel.messages import Envelope
+from spine.parts import Part
 
 
 def _check(request: CreatePolicyEvaluation | EmitLesson, required: tuple[str, ...]) -> None:
@@ -132,7 +133,7 @@ class Reports:
                 return
             if not isinstance(outcome, GuardFailed) or outcome.of_record:
                 raise JournalUnavailable(f"{_what(request)} was not recorded: {outcome}; report it again")
-            # Somebody judged the run meanwhile: with this report the verdict may be another one again.
+            # Somebody judged the run, or reported of it, meanwhile: the verdict with this report may be another one.
         raise DeadlineExceeded(f"{_what(request)} was not recorded before its deadline: report again")
 
     async def _report(self, envelope: Envelope, run_id: str | None, tenant_id: str, record: Record) -> bool:

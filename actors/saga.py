@@ -7,50 +7,38 @@ reverse, repeated with backoff and parked where it fails. What another process h
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from actors import transaction_records as records
-from actors.completion import Plan, Step, as_json, check_contract, described, fail, fail_with, guard_failed, prepare
-from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
-from actors.recorder import Recorder
+from actors.completion import (
+    Plan,
+    Step,
+    as_json,
+    check_contract,
+    described,
+    fail,
+    fail_with,
+    give_up,
+    guard_failed,
+    prepare,
+    stood_on,
+)
+from actors.effect_calls import Answer, Answered, Unanswered
+from actors.moves import Driving, Lost, Moves
 from actors.records import text
-from actors.rows import ContractRows
-from actors.transaction_log import TransactionLog
-from actors.verdicts import with_verdict
+from spine.built_in import BuiltIn
 from spine.domains import Refused, said_by
-from spine.effects import TOMBSTONED, Effect, attempts_of, timeout_of
-from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
+from spine.effects import TOMBSTONED, Effect
+from spine.governance.failpoints import of_step, of_tx
 from spine.governance.recordable import copied
 from spine.governance.transactions import INTERRUPTED, UNDONE_FROM, StepState, TransactionResult, TxState
-from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, Write
-from spine.kernel.errors import SpineError
-from spine.kernel.exchange import Exchange
-from spine.kernel.ids import Ids
+from spine.governance.units import CommitOutcome
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
 from spine.kernel.tasks import cancelling
 from spine.publisher import Event
-from spine.settings import Retry
 
-
-class Lost(SpineError):
-    """The driver goes no further: another one has the transaction, or the journal took no record; recovery goes on."""
-
-
-@dataclass(slots=True)
-class Driving:
-    """What every saga of one coordinator works with."""
-
-    exchange: Exchange
-    ids: Ids
-    recorder: Recorder
-    calls: EffectCalls
-    failpoint: Failpoint
-    retry: Retry
-    counts: dict[str, int]
-    log: TransactionLog
-    contracts: ContractRows
+# So many drivers may end in a row, without bringing a transaction further, before the next does not try it once more.
+STALLED_MOST = 10
 
 
 class Saga:
@@ -59,6 +47,7 @@ class Saga:
     def __init__(self, driving: Driving, plan: Plan, cause: Envelope | None = None) -> None:
         self._own = driving
         self._clock = driving.exchange.clock
+        self._moves = Moves(driving, plan, cause)
         self.plan = plan
         self.cause = cause
         self._stopping = False
@@ -74,14 +63,7 @@ class Saga:
 
     async def begin(self) -> CommitOutcome:
         """Record the transaction with its plan; whoever else began it first keeps it."""
-        plan = self.plan
-        moments = [BEGIN]
-        await self._pass(moments, "before")
-        outcome = await self._commit([*plan.start, records.begun(plan)], epoch=plan.governance_epoch)
-        if isinstance(outcome, Committed):
-            self._own.log.begun(self.cause, plan)
-            await self._pass(moments, "after")
-        return outcome
+        return await self._moves.begin()
 
     async def drive(self) -> TransactionResult:
         """Go on until the transaction has ended or is parked; ``plan.state`` tells which. Raises ``Lost``."""
@@ -97,7 +79,9 @@ class Saga:
     async def _forward(self) -> None:
         plan = self.plan
         for step in plan.steps:
-            if step.external:
+            if self._stalled(step):
+                give_up(plan, step, f"{self._ended()} where domain {step.name!r} was next")
+            elif step.external:
                 await self._forward_step(step)
             else:
                 prepare(plan, step)
@@ -114,8 +98,8 @@ class Saga:
         plan = self.plan
         if step.state is StepState.DONE:
             return
-        # A transaction that was taken over may have been sent before: each epoch stands for one attempt at least.
-        sent = plan.epoch - 1 if step.state is StepState.INTENT else 0
+        # Each driver that ended after the intent stands for one attempt at least.
+        sent = plan.stalled if step.state is StepState.INTENT else 0
         if step.state is StepState.PLANNED:
             try:
                 step.descriptor = described(plan, step)
@@ -123,7 +107,7 @@ class Saga:
                 fail_with(plan, step, error)
                 return
             intent = records.moved(plan, step, "intend", self._clock.time_us(), descriptor=step.descriptor)
-            await self._move(step, "intend", [intent])
+            await self._moves.step(step, "intend", [intent])
         answer = await self._send(step, sent)
         match answer:
             case Answered():
@@ -144,37 +128,38 @@ class Saga:
             return
         at = self._clock.time_us()
         done = records.moved(plan, step, "done", at, result=step.result)
-        told = [records.delivered(plan, step, at)] if records.acknowledged_at_once(step) else []
-        await self._move(step, "done", [done, *told])
+        told = [records.delivered(plan, step, at)] if records.acknowledged_at_once(plan, step) else []
+        await self._moves.step(step, "done", [done, *told])
 
     async def _send(self, step: Step, sent: int) -> Answer:
         """Call the domain until it answers or its attempts are used up."""
-        domain, allowed = step.domain, attempts_of(step.domain)
         if sent and await self._status(step) == TOMBSTONED:
             return Unanswered("TOMBSTONED", f"domain {step.name!r} has undone this effect already")
         answer: Answer = Unanswered(INTERRUPTED, f"the process ended before domain {step.name!r} had answered")
-        for attempt in range(sent + 1, allowed + 1):
+        for attempt in range(sent + 1, step.attempts + 1):
             if attempt > sent + 1:
                 await self._pause(attempt - 1)
             answer = await self._ask("forward", step, attempt)
             if not isinstance(answer, Unanswered) or self._stopping:
                 break
             self._fault("spine.effect.unanswered", step, answer, attempt)
-        assert domain is not None
         return answer
 
     async def _commit_point(self) -> None:
-        plan, at = self.plan, self._clock.time_us()
-        plan.rows = await self._own.contracts.contract_rows(plan.request.run_id)
-        check_contract(plan)
-        if plan.failed is not None:
-            return
-        rows, events, result = records.committed(plan, at)
-        outcome = await self._end("commit", rows, plan.writes)
-        if isinstance(outcome, GuardFailed):
+        plan = self.plan
+        while True:
+            await self._moves.read_contract()
+            check_contract(plan)
+            if plan.failed is not None:
+                return
+            rows, events, result = records.committed(plan, self._clock.time_us())
+            outcome = await self._moves.judged("commit", rows, plan.writes)
+            if outcome is None:
+                break
             plan.state = TxState.EXECUTING
-            guard_failed(plan, outcome.guard, outcome.found, outcome.required)
-            return
+            if not outcome.of_verdict:
+                guard_failed(plan, outcome.guard, outcome.found, outcome.required)
+                return
         self._own.counts["committed"] += 1
         self.events, self.result = events, result
 
@@ -189,7 +174,7 @@ class Saga:
             moments.insert(0, of_step(move))
             rows.insert(0, records.step_record(plan, failed, move, at))
             self._own.log.moved(self.cause, plan, failed, move)
-        await self._write(moments, rows)
+        await self._moves.write(moments, rows)
 
     async def _compensate(self) -> None:
         plan, failed = self.plan, self.plan.failed
@@ -205,50 +190,65 @@ class Saga:
         at = self._clock.time_us()
         if stuck:
             rows, self.result = records.parked(plan, at)
-            await self._end("park", rows)
+            await self._moves.end("park", rows)
             self._own.counts["parked"] += 1
         else:
             rows, self.result = records.aborted(plan, at)
-            await self._end("compensated", rows)
+            await self._moves.end("compensated", rows)
             self._own.counts["aborted"] += 1
 
     async def _undo(self, step: Step, reason: str) -> bool:
         """Roll one step back, with backoff; ``False`` when it is parked."""
         plan, again = self.plan, step.state in (StepState.RB_INTENT, StepState.PARKED)
+        given_up = step.state is StepState.RB_INTENT and self._stalled(step)
         if step.state is not StepState.RB_INTENT:
             intent = records.moved(plan, step, "undo", self._clock.time_us())
-            await self._move(step, "undo", [intent])
-        attempts, said = 0, "TOMBSTONED"
-        if not again or await self._status(step) != TOMBSTONED:
-            attempts, said = await self._roll_back(step)
+            await self._moves.step(step, "undo", [intent])
+        attempts: int | None
+        if given_up:
+            attempts = None
+            step.code, step.error = INTERRUPTED, f"{self._ended()} where domain {step.name!r} was asked to undo it"
+        elif again and await self._status(step) == TOMBSTONED:
+            attempts = 0
+        else:
+            attempts = await self._roll_back(step)
         at = self._clock.time_us()
-        if not said:
-            parked = records.moved(plan, step, "park", at, attempts=attempts)
-            await self._move(step, "park", [parked])
+        if attempts is None:
+            tried = plan.stalled if given_up else self._own.retry.attempts
+            parked = records.moved(plan, step, "park", at, attempts=tried)
+            await self._moves.step(step, "park", [parked])
             return False
         undone = records.rolled_back(plan, step, at, reason=reason, attempts=attempts)
-        await self._move(step, "undone", undone)
+        await self._moves.step(step, "undone", undone)
         self._own.counts["compensated"] += 1
         return True
 
-    async def _roll_back(self, step: Step) -> tuple[int, str]:
-        """Call the domain until it has undone the effect; how often, and empty when it never did."""
-        if step.tried >= self._own.retry.attempts:
-            step.code = INTERRUPTED
-            step.error = f"{step.tried} processes ended while domain {step.name!r} was asked to undo it"
-        for attempt in range(step.tried + 1, self._own.retry.attempts + 1):
+    async def _roll_back(self, step: Step) -> int | None:
+        """Call the domain until it has undone the effect; at which attempt it did, ``None`` when it never did."""
+        for attempt in range(1, self._own.retry.attempts + 1):
             if attempt > 1:
                 await self._pause(attempt - 1)
             answer = await self._ask("rollback", step, attempt)
             if isinstance(answer, Answered):
-                return attempt, "undone"
+                return attempt
             self._fault("spine.rollback.failed", step, answer, attempt)
-            step.code, step.error = _said(answer)
             if self._stopping:
                 raise Lost(
                     f"the Spine stops: the rollback of {step.name!r} in {self.plan.tx_id} goes on after the start"
                 )
-        return self._own.retry.attempts, ""
+            code, step.hiccup = _said(answer)
+            if attempt == self._own.retry.attempts:
+                # It will be parked, and this is why; a step that is undone keeps what it failed with itself.
+                step.code, step.error = code, step.hiccup
+        return None
+
+    def _stalled(self, step: Step) -> bool:
+        """Whether so many have ended where this step is next that it is not tried once more."""
+        foreign = step.state is not StepState.DONE and not isinstance(step.domain, BuiltIn)
+        return foreign and self.plan.stalled >= STALLED_MOST
+
+    def _ended(self) -> str:
+        return f"{self.plan.stalled} processes in a row ended, or lost the transaction,"
 
     # -- the edge
 
@@ -261,7 +261,7 @@ class Saga:
             plan.request.tenant_id,
             plan.epoch,
             attempt,
-            self._clock.monotonic() + timeout_of(step.domain),
+            self._clock.monotonic() + step.timeout_s,
             # Its own: what it changes in it must not reach the next call.
             copied(dict(step.descriptor)),
         )
@@ -290,45 +290,6 @@ class Saga:
         delay = backoff(attempt, first_s=retry.first_s, most_s=retry.most_s, jitter=jitter)
         await self._clock.sleep_until(self._clock.monotonic() + delay)
 
-    async def _pass(self, moments: Sequence[str], when: str) -> None:
-        for moment in moments:
-            await self._own.failpoint(f"{moment}.{when}")
-
-    async def _move(self, step: Step, move: str, rows: Sequence[Record]) -> None:
-        """Have a step's move committed, and told in the log."""
-        await self._write([of_step(move)], rows)
-        self._own.log.moved(self.cause, self.plan, step, move)
-
-    async def _end(self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()) -> GuardFailed | None:
-        """Have the transaction's last move committed, with the verdict over the run's contract that it brings about."""
-        while True:
-            self.plan.rows = await self._own.contracts.contract_rows(self.plan.request.run_id)
-            judged = with_verdict(rows, self.plan.rows, at=self._clock.time_us())
-            outcome = await self._write([of_tx(move)], judged, writes)
-            # Somebody judged the run between the reading and the commit: their verdict is the one to replace.
-            if outcome is None or not outcome.of_verdict:
-                return outcome
-
-    async def _write(
-        self, moments: Sequence[str], rows: Sequence[Record], writes: Sequence[Write] = ()
-    ) -> GuardFailed | None:
-        """Have moves committed; gives back what may be mended. Raises ``Lost`` when it is not ours any more."""
-        await self._pass(moments, "before")
-        outcome = await self._commit(rows, writes=writes)
-        if isinstance(outcome, GuardFailed) and (outcome.of_write or outcome.of_verdict):
-            return outcome
-        if not isinstance(outcome, Committed):
-            raise Lost(f"transaction {self.plan.tx_id}: {moments[-1]} was not recorded: {outcome}")
-        await self._pass(moments, "after")
-        return None
-
-    async def _commit(
-        self, rows: Sequence[Record], *, epoch: int | None = None, writes: Sequence[Write] = ()
-    ) -> CommitOutcome:
-        return await self._own.recorder.commit(
-            rows, writes=writes, epoch=epoch, run_id=self.plan.request.run_id, parent=self.cause
-        )
-
     def _fault(self, event: str, step: Step, answer: Refused | Unanswered, attempt: int) -> None:
         code, error = _said(answer)
         self._own.exchange.tracer.fault(
@@ -341,19 +302,6 @@ class Saga:
             code=code,
             error=error,
         )
-
-
-def stood_on(steps: Sequence[Step], standing: Sequence[Step]) -> set[str]:
-    """The names of the domains that those ``standing`` came after, directly or by way of others."""
-    after = {step.name: step.after for step in steps}
-    found: set[str] = set()
-    waiting = [name for step in standing for name in step.after]
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting.extend(after.get(name, ()))
-    return found
 
 
 def _said(answer: Refused | Unanswered) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from actors.completion import Part, Plan
+from actors.completion import Plan
 from actors.recorder import Recorder
 from actors.reload import KINDS, reload
 from actors.rows import TransactionRow, Transactions
@@ -17,6 +17,7 @@ from spine.governance.units import Committed, Record
 from spine.kernel.errors import SpineError
 from spine.kernel.exchange import Exchange
 from spine.kernel.tasks import Tasks
+from spine.parts import Part
 
 TICK_S = 1.0
 AT_ONCE = 16
@@ -63,6 +64,11 @@ class Takeover:
         self._known: set[str] = set()
         self._gate = asyncio.Semaphore(AT_ONCE)
         self._unended = unended
+        self._stopping = False
+
+    def interrupt(self) -> None:
+        """The Spine stops: it claims nothing more, least of all what it has just given up itself."""
+        self._stopping = True
 
     async def keep(self, tasks: Tasks) -> None:
         """Look for stranded transactions every ``TICK_S`` seconds until cancelled."""
@@ -77,7 +83,7 @@ class Takeover:
             if not found or not self._outside:
                 return
             for row in await self._source.stranded(self._exchange.clock.time_us(), self._instance):
-                if not self._driven(row.tx_id) and row.tx_id not in self._known:
+                if not (self._stopping or self._driven(row.tx_id) or row.tx_id in self._known):
                     tasks.spawn(self._resume(row), f"takeover {row.tx_id}")
                     self._known.add(row.tx_id)
         except SpineError as error:
@@ -89,7 +95,7 @@ class Takeover:
         try:
             async with self._gate:
                 strange = self._strange(await self._reloaded(row))
-                plan = None if strange else await self._claimed(row)
+                plan = None if strange or self._stopping else await self._claimed(row)
             if plan is not None:
                 await self._drive(plan)
         finally:

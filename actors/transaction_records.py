@@ -9,7 +9,6 @@ from actors.completion import Plan, Step
 from actors.records import ack, text
 from spine.governance.contract import FINALIZE, AckStatus
 from spine.governance.transactions import (
-    RAC_ROLLBACK_AUDIT_ENABLED,
     DomainClass,
     DomainResult,
     StepState,
@@ -67,6 +66,7 @@ def begun(plan: Plan) -> Record:
             "counts": plan.counts,
             "governance_epoch": plan.governance_epoch,
             "instance": plan.instance,
+            "rollback_audit": plan.rollback_audit,
             "trace_id": request.trace_id,
             "is_synthetic": request.is_synthetic,
             "synthetic_scenario_id": request.synthetic_scenario_id,
@@ -127,7 +127,7 @@ def committed(plan: Plan, at: int) -> tuple[list[Record], list[Event], Transacti
     result = result_of(plan, TransactionPhase.COMMITTED)
     events = _events(plan)
     rows = _local_steps(plan, at)
-    rows += [delivered(plan, step, at) for step in plan.before_commit() if not acknowledged_at_once(step)]
+    rows += [delivered(plan, step, at) for step in plan.before_commit() if not acknowledged_at_once(plan, step)]
     rows += [_event(plan, event, at) for event in events]
     rows.append(
         Record(
@@ -159,6 +159,7 @@ def aborting(plan: Plan, at: int) -> list[Record]:
             "failed_domain": failed.name,
             "code": plan.code,
             "error": plan.error,
+            "interrupted": plan.interrupted,
         },
     )
     if failed not in plan.steps:
@@ -198,6 +199,7 @@ def aborted(plan: Plan, at: int) -> tuple[list[Record], TransactionResult]:
                 "failed_domain": failed.name,
                 "code": plan.code,
                 "error": plan.error,
+                "interrupted": plan.interrupted,
                 "result": result.to_dict(),
             },
         )
@@ -248,9 +250,9 @@ def resolved(plan: Plan, at: int, *, evidence: str, reason: str, actor: str) -> 
     return [Record("tx.resolved", at, fields), *acks]
 
 
-def acknowledged_at_once(step: Step) -> bool:
+def acknowledged_at_once(plan: Plan, step: Step) -> bool:
     """Whether what a step did is acknowledged before the commit: only where its undoing would be acknowledged too."""
-    return step.external and RAC_ROLLBACK_AUDIT_ENABLED
+    return step.external and plan.rollback_audit
 
 
 def delivered(plan: Plan, step: Step, at: int) -> Record:
@@ -259,9 +261,17 @@ def delivered(plan: Plan, step: Step, at: int) -> Record:
 
 
 def _rolled_back_ack(plan: Plan, step: Step, at: int, reason: str) -> list[Record]:
-    if not RAC_ROLLBACK_AUDIT_ENABLED:
+    if not plan.rollback_audit:
         return []
-    found = _ack(plan, step.name, step.action, at, AckStatus.ROLLED_BACK, step.result_id or step.effect_id, step.error)
+    found = _ack(
+        plan,
+        step.name,
+        step.action,
+        at,
+        AckStatus.ROLLED_BACK,
+        step.result_id or step.effect_id,
+        step.hiccup or step.error,
+    )
     found.fields["reason"] = text(reason)
     return [found]
 

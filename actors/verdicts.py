@@ -33,16 +33,30 @@ def with_verdict(records: Sequence[Record], rows: Iterable[JournalRow], *, at: i
     """The records of a unit about one run, with the verdict they bring about, if it is another one than before.
 
     ``rows`` are the run's own in the journal, in order; none for a run that starts in this unit. The verdict is as of
-    ``at`` (unix microseconds). Where another process judged the run meanwhile, the unit's commit fails on
+    ``at`` (unix microseconds). Where somebody judged the run meanwhile, or reported of it, the unit's commit fails on
     ``contract verdict``: read the rows again.
     """
     contract = read_contract(rows)
     for record in records:
         contract = take(contract, record.kind, record.fields, at=record.at)
-    verdict = None if contract is None else judge(contract, at)[1]
-    if verdict is None:
+    if contract is None:
         return list(records)
+    verdict = judge(contract, at)[1]
+    if verdict is None:
+        return _noticed(records, contract)
     return [*(_judged(record) for record in records), verdict]
+
+
+def _noticed(records: Sequence[Record], contract: Contract) -> list[Record]:
+    """The records; the last report among them says which row told of the contract when they were judged.
+
+    A report that changes no verdict may still decide it, together with another one: nobody may overlook it.
+    """
+    found = list(records)
+    last = max((n for n, record in enumerate(found) if record.kind == "ack"), default=None)
+    if last is not None and contract.seq is not None and contract.kept:
+        found[last] = replace(found[last], fields={**found[last].fields, "contract": contract.seq})
+    return found
 
 
 def _judged(record: Record) -> Record:

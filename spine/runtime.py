@@ -16,7 +16,6 @@ from pydantic import BaseModel
 
 from spine._install import check_install
 from spine.declarations import Declarations
-from spine.domains import participants
 from spine.explain.why import Explanation, explain
 from spine.governance.authority import GovernanceState
 from spine.governance.contract import promised
@@ -39,6 +38,7 @@ from spine.kernel.tracing import Level, Tracer
 from spine.kernel.watchdog import Watchdog
 from spine.lifecycle import Gauges, Lifecycle
 from spine.operating import Operating
+from spine.parts import participants
 from spine.publisher import LogPublisher, Publisher
 from spine.requests import RECIPIENTS, UNANSWERED, Posted, governed
 from spine.runs import Runs

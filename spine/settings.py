@@ -45,7 +45,7 @@ class Settings:
     ``credits`` calls are admitted at a time (>= 1). Stopping drains for ``drain_s`` seconds and ends within ``stop_s``.
     A loop that stands still longer than ``blocked_s`` seconds is reported. ``clock`` and ``seed`` make a Spine
     repeatable; ``trace`` is the level of the message log, ``None`` for SPINE_TRACE or ``off``. ``retry`` is for the
-    rollbacks of domains outside; ``failpoint`` hears of every moment in ``spine.governance.failpoints``, for tests.
+    calls to domains outside; ``failpoint`` hears of every moment in ``spine.governance.failpoints``, for tests.
     """
 
     credits: int = 4096

@@ -12,6 +12,7 @@ import typer
 from spine.cli.reading import reading
 from spine.cli.render import print_json, print_lines, print_table
 from spine.cli.support import AsJson, CommandError, Database, database_url, guarded
+from spine.kernel.printable import printable
 
 if TYPE_CHECKING:
     from spine.journal.rows import GovernanceRow
@@ -58,8 +59,6 @@ _HEADERS = ("operation", *_COUNTS, "p50 handler ms")
 
 
 def _row(item: dict[str, Any]) -> tuple[str, list[str]]:
-    from spine.explain.text import printable
-
     p50 = item["p50_handle_ms"]
     known = [] if item["registered"] is None else ["yes" if item["registered"] else "no"]
     counts = [str(item[name]) for name in _COUNTS]
@@ -81,7 +80,6 @@ def verify(
 
     Exit codes: 0 sound, 1 broken, 2 cannot be verified.
     """
-    from spine.explain.text import printable
     from spine.journal.verify import verify as verify_journal
 
     report = verify_journal(database_url(db), checkpoints=[_checkpoint(text) for text in checkpoint or ()])
@@ -113,8 +111,6 @@ def health(db: Database = None, as_json: AsJson = False) -> int:
     if as_json:
         print_json(found)
         return 0
-    from spine.explain.text import printable
-
     state = found["governance"]["state"]
     print_lines(
         [
@@ -127,8 +123,6 @@ def health(db: Database = None, as_json: AsJson = False) -> int:
 
 
 def _or_none(value: Any) -> str:
-    from spine.explain.text import printable
-
     return "-" if value in (None, "") else printable(value)
 
 

@@ -11,6 +11,7 @@ import typer
 from spine.cli.reading import reading
 from spine.cli.render import print_json, print_lines
 from spine.cli.support import AsJson, Database, database_url, guarded, quiet_logs
+from spine.kernel.printable import printable
 
 if TYPE_CHECKING:
     from spine.governance.authority import GovernanceState
@@ -60,8 +61,6 @@ def _switch(db: str | None, as_json: bool, act: Callable[[Spine], Awaitable[Gove
     if as_json:
         print_json(state.to_dict())
         return 0
-    from spine.explain.text import printable
-
     told = state.to_dict()
     by = f"by {printable(told['actor'])}: {printable(told['reason'])}"
     lines = [

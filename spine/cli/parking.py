@@ -12,12 +12,15 @@ import typer
 from spine.cli.operate import Actor, Reason, act_on
 from spine.cli.reading import reading
 from spine.cli.render import print_json, print_lines, print_table
-from spine.cli.support import AsJson, CommandError, Database, database_url, guarded
+from spine.cli.support import AsJson, CommandError, Database, complain, database_url, guarded
+from spine.kernel.printable import printable
 
 if TYPE_CHECKING:
     from spine.runtime import Spine
 
 _HEADERS = ("transaction", "run", "tenant", "domain", "parked", "error")
+_SHOWN = 1_000
+_AMBIGUOUS_SHOWN = 10
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +34,9 @@ def parked(db: Database = None, as_json: AsJson = False) -> int:
     import anyio
 
     items = anyio.run(partial(_parked, database_url(db)))
+    if len(items) > _SHOWN:
+        items = items[:_SHOWN]
+        complain(f"more than {_SHOWN:,} rollbacks are parked: these are the oldest")
     if as_json:
         print_json(items)
     elif items:
@@ -42,12 +48,11 @@ def parked(db: Database = None, as_json: AsJson = False) -> int:
 
 async def _parked(url: str) -> list[dict[str, Any]]:
     async with reading(url) as reader:
-        return [asdict(row) | {"at": (await reader.body_at(row.seq))["at"]} for row in await reader.parked()]
+        rows = await reader.parked(limit=_SHOWN + 1)
+        return [asdict(row) | {"at": (await reader.body_at(row.seq))["at"]} for row in rows]
 
 
 def _row(item: dict[str, Any]) -> list[str]:
-    from spine.explain.text import printable
-
     at = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(item["at"] / 1_000_000))
     named = [printable(item[name]) for name in ("tx_id", "run_id", "tenant_id", "domain")]
     return [*named, at, printable(item["error"])]
@@ -81,8 +86,6 @@ def resolve(
     if as_json:
         print_json(told)
         return 0
-    from spine.explain.text import printable
-
     lines = [("good", f"transaction {printable(told['tx_id'])} of run {printable(told['run_id'])} is {told['state']}")]
     if retry:
         lines.append(("dim", "a running application that declares its domains goes on with it"))
@@ -91,13 +94,20 @@ def resolve(
 
 
 async def _one(url: str, transaction: str) -> str:
-    """The one transaction that ``transaction`` names or begins."""
+    """The one parked transaction that ``transaction`` names or begins."""
+    if not transaction:
+        raise CommandError("the transaction's id is empty: spine parked lists those that wait")
     async with reading(url) as reader:
-        if await reader.transaction_by_id(transaction) is not None:
-            return transaction
-        ids = await reader.transaction_ids_like(transaction)
-    if len(ids) > 1:
-        raise CommandError(f"{transaction!r} begins several transactions: {', '.join(ids)}")
-    if not ids:
+        count, ids = await reader.parked_like(transaction, _AMBIGUOUS_SHOWN)
+        other = await reader.transaction_like(transaction)
+    if count == 1:
+        return ids[0]
+    if count > 1:
+        more = f" and {count - len(ids)} more" if count > len(ids) else ""
+        raise CommandError(f"{transaction!r} begins several parked transactions: {', '.join(ids)}{more}")
+    if other is None:
         raise CommandError(f"there is no transaction {transaction!r}: spine parked lists those that wait")
-    return str(ids[0])
+    raise CommandError(
+        f"transaction {other.tx_id} of run {other.run_id!r} is {other.state}, not PARKED: see spine why "
+        f"{other.run_id}; spine parked lists those that wait"
+    )

@@ -12,6 +12,7 @@ import typer
 from spine.cli.reading import reading
 from spine.cli.render import JsonItems, print_json, print_lines, print_table
 from spine.cli.support import AsJson, CommandError, Database, complain, database_url, guarded
+from spine.kernel.printable import printable
 
 if TYPE_CHECKING:
     from spine.journal.reader import JournalReader
@@ -109,7 +110,7 @@ _HEADERS = ("run", "tenant", "verdict", "status", "contract", "operations", "den
 
 
 def _row(item: dict[str, Any]) -> tuple[str, list[str]]:
-    from spine.explain.text import printable, verdict_style
+    from spine.explain.text import verdict_style
 
     started = item["started_at"]
     at = "unknown" if started is None else time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(started / 1_000_000))

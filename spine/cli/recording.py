@@ -110,8 +110,11 @@ def _report(replayed: Replay, totals: dict[str, Any], *, interrupted: bool, stri
         return _EXIT_REFUSED
     if replayed.unrecorded_lines:
         complain(f"{replayed.unrecorded_lines} lines are not recorded: replay again when the cause is gone")
-        return _EXIT_REFUSED
-    return _EXIT_REFUSED if strict and replayed.rejected_lines else 0
+    if refused := replayed.refused_completions:
+        codes = ", ".join(f"{count} {code}" for code, count in refused.most_common())
+        complain(f"completions refused, their runs stay open: {codes}: replay again when the cause is gone")
+    unsent = replayed.unrecorded_lines or replayed.refused_completions or (strict and replayed.rejected_lines)
+    return _EXIT_REFUSED if unsent else 0
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from typing import Annotated, ParamSpec
 
 import typer
 
+from spine.kernel.printable import printable
+
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 _EXIT_BROKEN_PIPE = 141
@@ -42,8 +44,6 @@ def database_url(given: str | None) -> str:
 
 def complain(message: str) -> None:
     """Tell ``message`` as one line on stderr, whatever it holds."""
-    from spine.explain.text import printable
-
     print(f"spine: {printable(message, longest=2_000)}", file=sys.stderr, flush=True)
 
 

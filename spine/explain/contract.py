@@ -18,8 +18,9 @@ _NUMBERS = (int, float)
 class Contract:
     """What the rows of a run tell of its contract.
 
-    ``standing`` is the verdict that row ``seq`` recorded last; it holds by itself until ``due_at`` (unix microseconds,
-    ``None`` for always). ``block_unmet`` tells that the run commits only when everything promised is delivered.
+    ``standing`` is the verdict that was recorded last; it holds by itself until ``due_at`` (unix microseconds, ``None``
+    for always). ``seq`` is the last row that was judged: a verdict, or a report that left it as it was.
+    ``block_unmet`` tells that the run commits only when everything promised is delivered.
     """
 
     run_id: str
@@ -30,6 +31,11 @@ class Contract:
     due_at: int | None
     seq: int | None
     block_unmet: bool
+
+    @property
+    def kept(self) -> bool:
+        """Whether the journal has a row of its contract."""
+        return bool(self.dues) and (self.standing != PENDING or self.due_at is not None)
 
 
 def read_contract(rows: Iterable[JournalRow]) -> Contract | None:
@@ -52,6 +58,7 @@ def take(
     if kind == "ack":
         if body.get("tenant_id") == found.tenant_id and (ack := _ack(body)) is not None:
             found.acks.append(ack)
+        found.seq = seq if body.get("contract") is not None else found.seq
     elif kind == "contract.reconciled":
         found.standing, found.due_at, found.seq = str(body.get("overall")), _moment(body.get("due_at")), seq
     return found

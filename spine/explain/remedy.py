@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spine.explain.cause import Cause, decisive_denial, failed_domain
 from spine.explain.story import ABORTED_STATES, COMMITTED, PARKED, JournalRow, Story, items_of, text_of
+from spine.governance.transactions import DomainClass
 
 _RESTORE = "run: spine restore --reason WHY --actor YOU, then start the run again"
 _DENIAL_REMEDIES = {
@@ -19,6 +20,13 @@ _DENIAL_REMEDIES = {
     "IN_DOUBT": "Find out whether the interrupted call took effect; only then call again, under a new idempotency key.",
     "JOURNAL_UNAVAILABLE": "Make the database writable again (space, permissions, connection), and call again.",
 }
+_COMPLETE = "complete the run: complete_run(run_id, tenant_id=..., run_status=...)."
+_REFUSAL_REMEDIES = {
+    "COORDINATOR_DISABLED": "Switch the transaction coordinator on (TRANSACTION_COORDINATOR_ENABLED=true), start the "
+    "application again, and ",
+    "DOMAIN_PARKED": "Repair the domain and resolve its parked rollback (spine parked lists it), and ",
+    "ROLLBACK_NOT_SUPPORTED": "Give the domain a rollback(effect), or make it a POST domain, and ",
+}
 
 
 def next_step(story: Story, verdict: str, cause: Cause, *, intact: bool | None) -> str:
@@ -28,20 +36,41 @@ def next_step(story: Story, verdict: str, cause: Cause, *, intact: bool | None) 
     match verdict:
         case "parked":
             return _after_parking(story)
-        case "rolled_back" if (decided := story.in_state(*ABORTED_STATES)) and decided.state == "ABORTED_MANUAL":
-            return "Complete the run again, if it still matters: an operator has undone this attempt by hand."
         case "rolled_back":
-            return f"Repair domain {_domain(story)} and complete the run again: nothing of this attempt persists."
+            return _after_rollback(story)
         case "denied":
             return _after_denial(story)
         case "failed":
             return _after_failure(cause)
         case "succeeded":
-            unpublished = sum(str(row.body.get("event_id")) not in story.published for row in story.events)
-            waits = f", but {unpublished} of its events wait for the publisher" if unpublished else ""
-            return f"Nothing to do{waits}."
+            waiting = " and ".join(_undelivered(story))
+            return f"Nothing to do{', but ' if waiting else ''}{waiting}."
         case _:
-            return _while_pending(story)
+            return _while_pending(story, cause)
+
+
+def _after_rollback(story: Story) -> str:
+    attempt = story.in_state(*ABORTED_STATES)
+    ended = attempt.ended.body if attempt is not None and attempt.ended is not None else {}
+    if attempt is not None and attempt.state == "ABORTED_MANUAL":
+        return "Complete the run again, if it still matters: an operator has undone this attempt by hand."
+    if ended.get("interrupted") is True:
+        return "Complete the run again: only the end of a process undid this attempt, and nothing of it persists."
+    return f"Repair domain {_domain(story)} and complete the run again: nothing of this attempt persists."
+
+
+def _undelivered(story: Story) -> list[str]:
+    """Who has not got yet what was committed for it: the publisher, and the domains that act after the commit."""
+    steps = [step for attempt in story.attempts.values() for _, step in sorted(attempt.steps.items())]
+    posts = {step.effect_id: step.name or "unknown" for step in steps if step.cls == DomainClass.POST}
+    waiting = [event_id for row in story.events if (event_id := text_of(row.body, "event_id")) not in story.published]
+    names = [posts[event_id] for event_id in waiting if event_id in posts]
+    told = len(waiting) - len(names)
+    found = [f"{told} of its events {'waits' if told == 1 else 'wait'} for the publisher"] if told else []
+    if names:
+        domains = f"domain {names[0]} has" if len(names) == 1 else f"domains {', '.join(names)} have"
+        found.append(f"POST {domains} yet to act")
+    return found
 
 
 def _after_parking(story: Story) -> str:
@@ -98,7 +127,7 @@ def _after_failure(cause: Cause) -> str:
     return "Correct what the error names, and run the task again under a new run id."
 
 
-def _while_pending(story: Story) -> str:
+def _while_pending(story: Story, cause: Cause) -> str:
     flying = [attempt for attempt in story.latest() if attempt.in_flight]
     if flying:
         outside = [step.name or "unknown" for _, step in sorted(flying[-1].steps.items()) if step.cls != "LOCAL"]
@@ -106,6 +135,8 @@ def _while_pending(story: Story) -> str:
             "Wait: the process that holds the transaction finishes it, or the next one that declares its domains "
             f"({', '.join(outside) or 'none outside'})."
         )
+    if story.refused_completion is not None:
+        return _REFUSAL_REMEDIES.get(cause.code, "Correct what the cause names, and ") + _COMPLETE
     if story.open_decisions():
         return "Wait for the operation, or start the application again: recovery ends what a dead process left open."
-    return "Complete the run: complete_run(run_id, tenant_id=..., run_status=...)."
+    return _COMPLETE.capitalize()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spine.domains import outcome_of
+from spine.built_in import outcome_of
 from spine.explain.cause import Cause, find_cause
 from spine.explain.contract import contract
 from spine.explain.decisions import DecisionLine, decision_lines

@@ -88,7 +88,7 @@ class GuardFailed:
 
     @property
     def of_verdict(self) -> bool:
-        """Whether somebody else judged the run's contract meanwhile."""
+        """Whether somebody else judged the run's contract, or reported of it, meanwhile."""
         return self.guard == VERDICT_GUARD
 
 

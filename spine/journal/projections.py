@@ -70,6 +70,7 @@ PUBLISH_EVENT: Final = update("outbox", 51, GUARD_EVENT_KNOWN, "state = 'publish
 UPDATE_CONTRACT: Final = update(
     "contracts", 52, VERDICT_GUARD, "overall = ?, due_at = ?, seq = ?", "run_id = ? AND seq = ?", key=(3,)
 )
+NOTICE_REPORT: Final = update("contracts", 53, VERDICT_GUARD, "seq = ?", "run_id = ? AND seq = ?", key=(1,))
 CLOSE_DECISION: Final = delete("open_decisions", 60, GUARD_DECISION_OPEN, "decision_id", undoes=INSERT_DECISION)
 
 
@@ -144,7 +145,7 @@ def _governance_changed(fields: Fields, seq: int) -> list[Operation]:
 
 
 def _ack(fields: Fields, seq: int) -> list[Operation]:
-    return [
+    found: list[Operation] = [
         (
             INSERT_ACKNOWLEDGEMENT,
             (
@@ -159,6 +160,9 @@ def _ack(fields: Fields, seq: int) -> list[Operation]:
             ),
         )
     ]
+    if (judged := fields.get("contract")) is not None:
+        found.append((NOTICE_REPORT, (seq, fields["run_id"], judged)))
+    return found
 
 
 def _event(fields: Fields, seq: int) -> list[Operation]:

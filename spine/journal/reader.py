@@ -207,15 +207,25 @@ class JournalReader(Evidence):
         found = await self._all(f"SELECT {columns(TransactionRow)} FROM transactions WHERE tx_id = ?", tx_id)
         return TransactionRow(*found[0]) if found else None
 
-    async def transaction_ids_like(self, prefix: str, limit: int = 10) -> list[str]:
-        """Up to ``limit`` ids, sorted, of transactions that begin with ``prefix``."""
+    async def transaction_like(self, prefix: str) -> TransactionRow | None:
+        """The first attempt, by id, whose id is ``prefix`` or begins with it."""
         found = await self._scan(
-            "SELECT tx_id FROM transactions WHERE tx_id >= ? AND tx_id < ? ORDER BY tx_id LIMIT ?",
+            f"SELECT {columns(TransactionRow)} FROM transactions WHERE tx_id >= ? AND tx_id < ? ORDER BY tx_id LIMIT 1",
+            prefix,
+            prefix + _LAST_CHARACTER,
+        )
+        return TransactionRow(*found[0]) if found else None
+
+    async def parked_like(self, prefix: str, limit: int = 10) -> tuple[int, list[str]]:
+        """How many parked transactions there are whose ids begin with ``prefix``, and up to ``limit`` ids, sorted."""
+        found = await self._scan(
+            "SELECT tx_id, count(*) OVER () FROM transactions WHERE state = 'PARKED' AND tx_id >= ? AND tx_id < ? "
+            "ORDER BY tx_id LIMIT ?",
             prefix,
             prefix + _LAST_CHARACTER,
             limit,
         )
-        return [values[0] for values in found]
+        return (found[0][1] if found else 0), [values[0] for values in found]
 
     async def parked(self, domain: str | None = None, limit: int = 1_000) -> list[ParkedRow]:
         """Up to ``limit`` steps whose rollback waits for an operator, oldest first; of one ``domain`` or of all."""

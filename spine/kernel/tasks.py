@@ -73,9 +73,15 @@ class Tasks:
         """Look again and again until cancelled, each time in a task of its own: a look that fails ends alone."""
         while True:
             try:
-                await asyncio.wait([self.spawn(look(), name)])
+                looking = self.spawn(look(), name)
             except Overloaded as error:
                 self._on_crash(name, error)
+            else:
+                try:
+                    await asyncio.wait([looking])
+                except asyncio.CancelledError:
+                    looking.cancel()
+                    raise
             await clock.sleep_until(clock.monotonic() + seconds)
 
     def __len__(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +15,11 @@ from spine.explain.story import ABORTED_STATES
 from spine.explain.totals import Totals, totals
 from spine.governance.operations import OperationContext, OperationResult
 from spine.governance.transactions import (
-    INTERRUPTED,
     CompleteRun,
     CompletionConflict,
+    RollbackNotSupportedError,
     TransactionFailed,
+    TransactionPhase,
     completion_digest,
 )
 from spine.kernel.errors import NotRunning, SpineError, SpineFailed
@@ -48,6 +49,7 @@ STOP_WITHIN_S: Final = 10.0
 _BATCH: Final = 64
 _REFUSED_CODES: Final = frozenset({"IDEMPOTENCY_CONFLICT", "TENANT_MISMATCH", "INVALID_PARAMS"})
 _UNRECORDED_CODES: Final = frozenset({"JOURNAL_UNAVAILABLE", "OUTCOME_UNRECORDED"})
+_RECORDED_PHASES: Final = frozenset({TransactionPhase.ROLLED_BACK, TransactionPhase.PARKED})
 _LATE_CODES: Final = frozenset({"OVERLOADED", "CANCELLED", "TIMEOUT", "IN_DOUBT"})
 
 
@@ -80,7 +82,9 @@ class Replay:
     """One replay of one seekable file.
 
     ``refuse(number, reason)`` is told of every line that is not taken; ``progress(lines)`` of every line that is done
-    with. ``strict`` stops at the first refused line. Call ``prepare`` before the Spine starts, ``drive`` while it runs.
+    with. ``refused_completions`` counts, by code, the rejected lines that are taken once nothing stands against the
+    completion any more. ``strict`` stops at the first refused line. Call ``prepare`` before the Spine starts,
+    ``drive`` while it runs.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Replay:
     ) -> None:
         self.rejected_lines = 0
         self.unrecorded_lines = 0
+        self.refused_completions: Counter[str] = Counter()
         self.failure: SpineError | None = None
         self._spine = spine
         self._file = file
@@ -273,14 +278,30 @@ class Replay:
             await self._spine.complete_run(line.run_id, **payload)
         except CompletionConflict as error:
             self._reject(job.number, str(error))
+        except RollbackNotSupportedError as error:
+            self._refused(job.number, "ROLLBACK_NOT_SUPPORTED", str(error))
         except TransactionFailed as error:
-            # A rolled-back completion is in the journal and counted there; only what is not there is news.
-            self._judge(job.number, error.code, str(error))
+            self._failed(job.number, error)
 
     async def _interrupted(self, earlier: TransactionRow) -> bool:
         """Whether nothing but the end of a process rolled it back: then it is completed as if for the first time."""
         assert self._reader is not None and earlier.seq_ended is not None
-        return (await self._reader.body_at(earlier.seq_ended)).get("code") == INTERRUPTED
+        return bool((await self._reader.body_at(earlier.seq_ended)).get("interrupted"))
+
+    def _failed(self, number: int, error: TransactionFailed) -> None:
+        """Tell of a completion that is not in the journal; one that was rolled back or parked is counted there.
+
+        Its phase tells them apart: a code may be a domain's own word.
+        """
+        code = str(error.code)
+        if error.phase in _RECORDED_PHASES and error.transaction_id is not None:
+            return
+        if error.phase is not TransactionPhase.NOT_STARTED:
+            self._unrecorded(number, f"{code}: {error}")
+        elif code in _REFUSED_CODES:
+            self._reject(number, f"{code}: {error}")
+        else:
+            self._refused(number, code, str(error))
 
     async def _execute(self, job: _Job, line: RecordedOperation) -> None:
         key = str(job.key)
@@ -297,12 +318,14 @@ class Replay:
         finally:
             del self._recorded[key]
         taken = result.decision is None or result.decision.allowed
-        self._judge(job.number, result.error_code, result.error or "", taken=taken)
+        self._judge(job.number, result.error_code, result.error or "", taken=taken, recorded=result.durable)
 
-    def _judge(self, number: int, code: str | None, reason: str, *, taken: bool = False) -> None:
+    def _judge(
+        self, number: int, code: str | None, reason: str, *, taken: bool = False, recorded: bool = False
+    ) -> None:
         if code in _REFUSED_CODES and not taken:
             self._reject(number, f"{code}: {reason}")
-        elif code in _UNRECORDED_CODES or (code in _LATE_CODES and not taken):
+        elif (code in _UNRECORDED_CODES and not recorded) or (code in _LATE_CODES and not taken):
             self._unrecorded(number, f"{code}: {reason}")
 
     async def _answer(self, ctx: OperationContext) -> OperationResult:
@@ -318,6 +341,11 @@ class Replay:
     def _reject(self, number: int, reason: str) -> None:
         self.rejected_lines += 1
         self._refuse(number, reason)
+
+    def _refused(self, number: int, code: str, reason: str) -> None:
+        """A line that would be taken if things stood otherwise."""
+        self.refused_completions[code] += 1
+        self._reject(number, f"{code}: {reason}")
 
     def _unrecorded(self, number: int, reason: str) -> None:
         self.unrecorded_lines += 1

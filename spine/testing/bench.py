@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 from uuid import NAMESPACE_OID, uuid5
 
-from spine.domains import RunFacts, effect_id, part_of
+from spine.domains import RunFacts, effect_id
 from spine.effects import APPLIED, STATUSES, Effect, attempts_of, timeout_of
 from spine.governance.recordable import recorded
 from spine.governance.transactions import DomainClass
 from spine.kernel.clock import SystemClock
 from spine.kernel.errors import ConfigurationError, SpineError, describe
 from spine.kernel.restart import backoff
+from spine.parts import part_of
 from spine.settings import Retry
 from spine.testing.calls import Answered, Call, Ending, Failed, Late, told
 

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from spine.domains import BuiltIn, RunFacts, part_of
+from spine.built_in import BuiltIn
+from spine.domains import RunFacts
 from spine.effects import reversible
 from spine.governance.transactions import DomainClass
 from spine.kernel.errors import ConfigurationError
+from spine.parts import part_of
 from spine.testing.bench import Bench, Broken, Live, Unseen
 from spine.testing.contract import CONTRACT
 from spine.testing.report import ContractViolated, Finding, Report

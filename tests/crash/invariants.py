@@ -196,7 +196,7 @@ def _parked(record: Record, tx: str, begun: Mapping[str, Any]) -> None:
     assert waiting, f"{tx}: parked, and no domain says why"
     # On a busy machine a rollback may take too long for its deadline, time after time; and one in whose middle
     # process after process is killed is an operator's.
-    late = any("gave no answer" in error or "processes ended" in error for (error,) in waiting)
+    late = any("gave no answer" in error or "processes in a row ended" in error for (error,) in waiting)
     assert late or kind_of(run) in PARKS, f"{tx}: {run} is parked"
     (state,) = record.query("SELECT state FROM runs WHERE run_id = ?", run)[0]
     assert state == "parked", f"{tx}: parked, and its run is {state}"

@@ -49,19 +49,14 @@ async def overtaken(url: str, *expectations: tuple[str, str, float]) -> AsyncIte
     async with running(slow, fast):
         await start(slow, *expectations)
         await moments.advance(6)
-        overtake(slow, fast)
+        reader: Any = slow._system.reader
+        read = reader.contract_rows
+
+        async def slowly(run_id: str) -> Any:
+            reader.contract_rows = read
+            rows = await read(run_id)
+            await fast.reconcile(run_id)
+            return rows
+
+        reader.contract_rows = slowly
         yield slow, fast
-
-
-def overtake(slow: Spine, fast: Spine) -> None:
-    """Once the one Spine has read a contract the next time, the other judges it before it goes on."""
-    reader: Any = slow._system.reader
-    read = reader.contract_rows
-
-    async def slowly(run_id: str) -> Any:
-        reader.contract_rows = read
-        rows = await read(run_id)
-        await fast.reconcile(run_id)
-        return rows
-
-    reader.contract_rows = slowly

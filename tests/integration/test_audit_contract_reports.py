@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from spine import ContractError, Spine, TransactionFailed
-from spine.domains import BUILT_INS
+from spine.built_in import BUILT_INS
 from spine.governance.contract import FINALIZE
 from tests.governed import clock, intact, journal, query, running, together, until
 from tests.integration.billing import Local

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.command import inside, ok, refused, told
+from tests.governed import SQLITE, journal
+from tests.integration.command import inside, ok, refused, run, told
 from tests.integration.shop import FAILURE, Shop, lines_of, made
 
 WHO = ("--reason", "card network repaired", "--actor", "ops@acme")
@@ -90,3 +92,41 @@ def test_an_operator_must_say_which_what_why_and_who(shop: Shop) -> None:
     assert "evidence" in refused("resolve", tx_id, "--evidence", "  ", *WHO, *db)
     assert "no transaction" in refused("resolve", "01000000", "--retry", *WHO, *db)
     assert parked(shop)["tx_id"] == tx_id
+
+
+def test_a_beginning_of_an_id_means_a_parked_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Committed ones that begin so are no candidates; of several parked ones some are named, and how many more."""
+    shop = made(tmp_path, lines_of(30))
+    assert shop.replay(PAYDAY_STUCK="yes")["parked"] == 3
+    ids = sorted(item["tx_id"] for item in told("parked", "--db", shop.db))
+    command = ("--retry", *WHO, "--db", shop.db)
+    error = refused("resolve", ids[0][:1], *command, by=inside)
+    assert error.endswith(f"begins several parked transactions: {', '.join(ids)}")
+    monkeypatch.setattr("spine.cli.parking._AMBIGUOUS_SHOWN", 2)
+    assert refused("resolve", ids[0][:1], *command, by=inside).endswith(f"{', '.join(ids[:2])} and 1 more")
+    for tx_id in ids[:2]:
+        told("resolve", tx_id, "--evidence", "seen", *WHO, "--db", shop.db)
+    assert told("resolve", ids[2][:1], *command)["tx_id"] == ids[2]
+
+
+def test_a_transaction_that_is_not_parked_is_named_with_its_state(shop: Shop) -> None:
+    """By its whole id or the beginning of it; an empty id means none, even where only one is parked."""
+    (tx_id,) = [body["tx_id"] for body in journal(f"{SQLITE}{shop.db}", "tx.committed") if body["run_id"] == "run-003"]
+    for given in (tx_id, tx_id[:-1]):
+        error = refused("resolve", given, "--retry", *WHO, "--db", shop.db, by=inside)
+        assert f"transaction {tx_id} of run 'run-003' is COMMITTED, not PARKED" in error
+        assert "spine why run-003" in error
+    assert "empty" in refused("resolve", "", "--retry", *WHO, "--db", shop.db, by=inside)
+    assert parked(shop)
+
+
+def test_a_list_that_is_cut_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest are listed, and one line on stderr tells that there are more; a whole list has no such line."""
+    shop = made(tmp_path, lines_of(20))
+    assert shop.replay(PAYDAY_STUCK="yes")["parked"] == 2
+    whole = run("parked", "--db", shop.db, "--json")
+    assert whole.stderr == ""
+    monkeypatch.setattr("spine.cli.parking._SHOWN", 1)
+    cut = inside("parked", "--db", shop.db, "--json")
+    assert json.loads(cut.stdout) == json.loads(whole.stdout)[:1]
+    assert cut.stderr == "spine: more than 1 rollbacks are parked: these are the oldest\n"

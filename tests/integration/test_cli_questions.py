@@ -272,6 +272,17 @@ def test_wrong_usage_is_one_line_and_exit_2(args: tuple[str, ...], reason: str) 
     assert reason in refused(*args, by=inside)
 
 
+@pytest.mark.parametrize("name", ["TRANSACTION_COORDINATOR_ENABLED", "RAC_ENABLED", "RAC_ROLLBACK_AUDIT_ENABLED"])
+@pytest.mark.parametrize("command", [("parked",), ("why", "x"), ("replay", os.devnull)], ids=lambda command: command[0])
+def test_a_switch_in_the_environment_that_is_not_understood_is_one_line_and_exit_2(
+    command: tuple[str, ...], name: str
+) -> None:
+    """Every command that needs it names the variable, its value and what it may be; ``--help`` does not need it."""
+    error = refused(*command, **{name: "maybe"})
+    assert f"{name} is 'maybe': set it to true or false" in error
+    assert ok("--help", **{name: "maybe"}) == ok("--help")
+
+
 def test_help_names_every_command() -> None:
     text = ok("--help")
     for name in ("demo", "replay", "why", "runs", "ops", "verify", "health", "bypass", "degrade", "halt", "restore"):

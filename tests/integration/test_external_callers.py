@@ -147,11 +147,16 @@ async def test_many_who_complete_one_run_at_once_make_one_transaction(database_u
     intact(database_url)
 
 
-@pytest.mark.parametrize("end", ["ROLLED_BACK", "PARKED"])
+@pytest.mark.parametrize(
+    ("end", "code"), [("ROLLED_BACK", "NO_FUNDS"), ("ROLLED_BACK", "INTERRUPTED"), ("PARKED", "NO_FUNDS")]
+)
 async def test_many_who_complete_one_run_at_once_are_told_the_same_failure(
-    sqlite_url: str, world: World, end: str, monkeypatch: pytest.MonkeyPatch
+    sqlite_url: str, world: World, end: str, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five callers on each of two Spines: one attempt, one error for all; who asks after that begins a new attempt."""
+    """Five callers on each of two Spines: one attempt, one error for all; who asks after that begins a new attempt.
+
+    So it is too when the domain's own code is the one that the coordinator has for the end of a process.
+    """
     reached, let_go, waits = asyncio.Event(), asyncio.Event(), asyncio.Event()
     wait_for = Attempts._wait_for
 
@@ -162,7 +167,7 @@ async def test_many_who_complete_one_run_at_once_are_told_the_same_failure(
     async def held_back(do: Any) -> Any:
         reached.set()
         await let_go.wait()
-        raise Refused("NO_FUNDS", "the account is empty")
+        raise Refused(code, "the account is empty")
 
     monkeypatch.setattr(Attempts, "_wait_for", noted)
     rollback = well if end == "ROLLED_BACK" else raises(OSError("away"))

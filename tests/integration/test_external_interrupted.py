@@ -84,6 +84,7 @@ async def test_a_stop_gives_a_call_under_way_up_and_undoes_it(sqlite_url: str, w
     assert [receipt.end for receipt in receipts] == ["clean"] * 4
     assert (raised.value.code, raised.value.failed_domain) == ("INTERRUPTED", "ship")
     assert transactions(sqlite_url) == ["ABORTED"]
+    assert [body["interrupted"] for body in journal(sqlite_url, "tx.aborting", "tx.aborted")] == [True, True]
     assert moves(sqlite_url)[-7:] == [
         "unknown ship", "aborting", "undo ship", "undone ship", "undo pay", "undone pay", "aborted"
     ]  # fmt: skip
@@ -129,6 +130,30 @@ async def test_a_stop_during_a_rollback_leaves_it_to_the_next_start(sqlite_url: 
     assert world.standing() == []
     assert world.effects("rollback", "pay")[-1].epoch == 2
     assert [move for move in moves(sqlite_url) if move.startswith(("claimed", "aborted"))] == ["claimed", "aborted"]
+    intact(sqlite_url)
+
+
+@pytest.mark.usefixtures("brief")
+async def test_whoever_ends_it_knows_that_nothing_but_a_stop_undid_it(sqlite_url: str, world: World) -> None:
+    """The stop gives the call up and has no time for its rollback: the decision says why, and so does the end."""
+    reached = asyncio.Event()
+
+    async def forward(do: Any) -> Any:
+        reached.set()
+        await hang(do)
+
+    spine = over(sqlite_url, Remote(world, forward=forward, rollback=hang), drain_s=0.05)
+    async with running(spine):
+        caller = asyncio.create_task(complete(spine))
+        await reached.wait()
+        await spine.stop()
+        with pytest.raises((TransactionFailed, asyncio.CancelledError)):
+            await caller
+    assert transactions(sqlite_url) == ["COMPENSATING"]
+    later = over(sqlite_url, Remote(world))
+    async with running(later):
+        await until(lambda: transactions(sqlite_url) == ["ABORTED"])
+    assert [body["interrupted"] for body in journal(sqlite_url, "tx.aborting", "tx.aborted")] == [True, True]
     intact(sqlite_url)
 
 

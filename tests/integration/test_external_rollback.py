@@ -131,3 +131,23 @@ async def test_what_stands_on_an_effect_that_is_not_undone_keeps_it(database_url
     assert world.told() == ["rollback parcel", "rollback label", "rollback pay"]
     assert world.standing() == []
     intact(database_url)
+
+
+async def test_a_rollback_that_needed_several_tries_hides_no_steps_own_failure(sqlite_url: str, world: World) -> None:
+    """What failed going forward is told of the step, and what failed going back only where that is acknowledged."""
+    declined = raises(ValueError("card declined"))
+    pay, ship = (then(raises(ConnectionError("hiccup")), well) for _ in range(2))
+    spine = over(
+        sqlite_url,
+        Remote(world, rollback=pay),
+        Remote(world, "ship", after=["pay"], forward=declined, rollback=ship),
+    )
+    async with running(spine):
+        error = await failure(spine)
+        why = str(await spine.why("run-1"))
+    told = {entry["domain"]: entry["error"] for entry in error.partial_results["domains"]}
+    assert told["pay"] is None
+    assert "card declined" in told["ship"]
+    assert "card declined" in why and "hiccup" not in why
+    taken_back = [body["error"] for body in journal(sqlite_url, "ack") if body["status"] == "ROLLED_BACK"]
+    assert taken_back == ["ConnectionError: hiccup"] * 2

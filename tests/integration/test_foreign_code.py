@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from actors.saga import STALLED_MOST
 from spine import Effect, Event, Refused, RunFacts, Spine, Write
 from spine.kernel.errors import ConfigurationError
 from tests.governed import Published, intact, journal, query, running, until
@@ -29,6 +30,7 @@ from tests.participants import (
     transactions,
     well,
 )
+from tests.stubborn import swallow_cancellation
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
@@ -38,6 +40,19 @@ class Wordless(Refused):
 
     def __init__(self) -> None:
         Exception.__init__(self, "because")
+
+
+class Speechless(Refused):
+    """A refusal that cannot say why."""
+
+    def __init__(self, error: BaseException) -> None:
+        Exception.__init__(self, "because")
+        self._error = error
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("code", "reason"):
+            raise super().__getattribute__("_error")
+        return super().__getattribute__(name)
 
 
 class Thorny(Mapping[str, Any]):
@@ -74,6 +89,32 @@ async def test_a_refusal_without_code_and_reason_is_a_refusal(sqlite_url: str, w
             assert why.cause.code == "REFUSED"
             assert "because" in why.cause.text
     assert [transactions(sqlite_url, f"run-{n}") for n in range(3)] == [["ABORTED"], ["ABORTED"], ["PARKED"]]
+    intact(sqlite_url)
+
+
+@pytest.mark.parametrize("error", [KeyError("why"), SystemExit(3)], ids=["error", "exit"])
+async def test_a_refusal_that_cannot_say_why_is_a_refusal(sqlite_url: str, world: World, error: BaseException) -> None:
+    """Out of forward, plan and rollback alike: asked once, undone or parked, and neither crash nor exit."""
+
+    def no(run: RunFacts) -> Any:
+        raise Speechless(error)
+
+    for n, domains in enumerate(
+        [
+            [Remote(world, forward=raises(Speechless(error)))],
+            [Local(no, "planner")],
+            [Remote(world), Local(no, "planner", after=["pay"])],
+            [Remote(world, rollback=raises(Speechless(error))), Remote(world, "no", after=["pay"], forward=refuses())],
+        ]
+    ):
+        spine = over(sqlite_url, *domains)
+        async with running(spine):
+            assert (await failure(spine, f"run-{n}")).code in ("REFUSED", "PARKED")
+            assert (await spine.why(f"run-{n}")).cause.code == "REFUSED"
+    assert world.told()[:2] == ["forward pay", "rollback pay"]
+    assert not journal(sqlite_url, "tx.claimed")
+    ended = [transactions(sqlite_url, f"run-{n}") for n in range(4)]
+    assert ended == [["ABORTED"], ["ABORTED"], ["ABORTED"], ["PARKED"]]
     intact(sqlite_url)
 
 
@@ -174,6 +215,36 @@ async def test_a_post_that_hangs_delays_neither_publisher_nor_other_posts(
         await until(lambda: world.told().count("post quick") == 2)
 
 
+async def test_whose_calls_hang_keeps_nobody_elses_from_being_made(
+    sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls that will not end are bounded for each domain and method, and for the publisher, on their own."""
+    monkeypatch.setattr("actors.effect_calls.CALLS_MOST", 2)
+    monkeypatch.setattr("actors.effect_calls.CANCEL_GRACE_S", 0.01)
+    monkeypatch.setattr("actors.outbox.PUBLISH_S", 0.01)
+    monkeypatch.setattr("actors.attempts.FIRST_DELIVERY_S", 0.01)
+    let_go = asyncio.Event()
+    held: list[str] = []
+
+    class Stubborn:
+        async def publish(self, event: Event) -> None:
+            held.append(event.run_id)
+            await swallow_cancellation(let_go)
+
+    ship = Remote(world, "ship", after=["pay"], forward=then(well, well, well, refuses()))
+    spine = over(sqlite_url, Remote(world), ship, publisher=Stubborn())
+    async with running(spine):
+        try:
+            for n in range(3):
+                assert (await complete(spine, f"run-{n}")).is_complete
+            await until(lambda: len(held) == 2)
+            error = await failure(spine, "run-3")
+        finally:
+            let_go.set()
+    assert (error.code, error.phase) == ("NO_FUNDS", "ROLLED_BACK")
+    assert world.told()[-4:] == ["forward pay", "forward ship", "rollback ship", "rollback pay"]
+
+
 @pytest.mark.parametrize("publisher", [None, Published()], ids=["default publisher", "publisher"])
 async def test_a_spine_reloads_its_own_events_whatever_it_declares(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch, publisher: Any
@@ -213,7 +284,7 @@ async def test_a_rollback_in_whose_middle_its_driver_ends_again_and_again_is_par
     assert (why.verdict, why.cause.code) == ("parked", "INTERRUPTED")
     assert steps(sqlite_url) == {"pay": "PARKED"}
     assert moves(sqlite_url).count("undo pay") == 1
-    assert query(sqlite_url, "SELECT epoch FROM transactions")[0][0] <= 6
+    assert query(sqlite_url, "SELECT epoch FROM transactions")[0][0] <= STALLED_MOST + 1
     intact(sqlite_url)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -9,10 +10,9 @@ from uuid import UUID
 import pytest
 
 from spine import Refused, RunFacts, Spine, Write
-from spine.kernel.errors import ConfigurationError
-from spine.settings import Retry
-from tests.governed import clock, intact, journal, query, running, together, until
-from tests.integration.promises import named, overtake, start, verdicts
+from spine.governance.units import GuardFailed
+from spine.kernel.errors import ConfigurationError, JournalUnavailable
+from tests.governed import intact, journal, query, running, together, until
 from tests.participants import (
     Probed,
     Remote,
@@ -121,6 +121,7 @@ async def test_what_is_parked_is_tried_again_when_an_operator_says_so(database_u
     spine, pay = stubborn(database_url, world)
     async with running(spine):
         tx_id = await parked(spine)
+        assert await spine._system.reader.parked_like(tx_id[:-1]) == (1, [tx_id])
         for round_ in (1, 2):
             told = await spine.retry(tx_id, reason="the bank opened", actor="op")
             assert (told["tx_id"], told["run_id"], told["state"]) == (tx_id, "run-1", "COMPENSATING")
@@ -129,6 +130,9 @@ async def test_what_is_parked_is_tried_again_when_an_operator_says_so(database_u
         pay.rollbacks = well
         await spine.retry(tx_id, reason="now it has", actor="op")
         await until(lambda: transactions(database_url) == ["ABORTED"])
+        assert await spine._system.reader.parked_like(tx_id[:-1]) == (0, [])
+        found = await spine._system.reader.transaction_like(tx_id[:-1])
+        assert found is not None and (found.tx_id, found.state) == (tx_id, "ABORTED")
         why = await spine.why("run-1")
         assert (why.verdict, why.cause.code) == ("rolled_back", "NO_FUNDS")
         with pytest.raises(ConfigurationError, match="ABORTED, not PARKED"):
@@ -254,22 +258,24 @@ async def test_a_retry_is_carried_out_by_whichever_spine_has_the_domains(sqlite_
     assert world.standing() == []
 
 
-async def test_a_verdict_that_overtakes_an_operators_evidence_costs_it_nothing(
-    database_url: str, world: World, unswept: None
+async def test_a_move_that_cannot_be_recorded_is_nobody_elses(
+    sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody judges the run between its reading and its commit: it is read again, and nobody is blamed."""
-    moments = clock()
-    spine, _ = stubborn(database_url, world, clock=moments, retry=Retry(attempts=1))
-    async with running(spine, other := over(database_url, clock=moments)):
-        await start(spine, ("mail", "send", 0.01))
+    """JournalUnavailable with the reason: that somebody moved it on is said only where somebody did."""
+    spine, _ = stubborn(sqlite_url, world)
+    async with running(spine):
         tx_id = await parked(spine)
-        await moments.advance(0.02)
-        overtake(spine, other)
-        await spine.resolve(tx_id, evidence="the receipt", reason="r", actor="op")
-        assert transactions(database_url) == ["ABORTED_MANUAL"]
-    assert [named(verdict["missing"]) for verdict in verdicts(database_url)] == [[], ["mail/send"]]
-    assert len(journal(database_url, "tx.resolved")) == 1
-    intact(database_url)
+
+        async def refuses_all(units: Sequence[Any]) -> list[GuardFailed]:
+            return [GuardFailed("record: it has no end", 1, 0) for _ in units]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(spine._system.writer, "commit", refuses_all)  # type: ignore[union-attr]
+            with pytest.raises(JournalUnavailable, match=f"{tx_id} was not moved.*it has no end"):
+                await spine.resolve(tx_id, evidence="e", reason="r", actor="op")
+        await spine.resolve(tx_id, evidence="e", reason="r", actor="op")
+        assert transactions(sqlite_url) == ["ABORTED_MANUAL"]
+    intact(sqlite_url)
 
 
 async def test_a_domain_may_refuse_completions_while_one_of_its_rollbacks_is_parked(

@@ -165,6 +165,7 @@ async def test_a_takeover_that_is_itself_taken_over_counts_up(sqlite_url: str, w
     assert [effect.attempt for effect in world.effects("forward", "ship")] == [1, 2]
     assert [body["epoch"] for body in journal(sqlite_url, "tx.claimed")] == [2, 3]
     assert (why.verdict, why.cause.code) == ("rolled_back", "INTERRUPTED")
+    assert [body["interrupted"] for body in journal(sqlite_url, "tx.aborting", "tx.aborted")] == [True, True]
     assert world.standing() == []
     intact(sqlite_url)
 

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import anyio
 import pytest
 
+from actors.attempts import ANEW_MOST
 from spine import Spine, TransactionFailed
-from tests.governed import Published, flowing, intact, journal, query, running, until
+from tests.governed import Published, clock, flowing, intact, journal, query, running, until
 from tests.integration.takeovers import epochs, late, pair
-from tests.participants import Pause, World, complete, coordinator, over, raises, refuses, transactions, well
+from tests.participants import (
+    Pause,
+    Remote,
+    World,
+    complete,
+    coordinator,
+    failure,
+    over,
+    raises,
+    refuses,
+    transactions,
+    well,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
@@ -134,3 +148,26 @@ async def test_a_call_under_an_old_epoch_is_refused_by_its_number(sqlite_url: st
                     await caller
     assert [effect.epoch for effect in world.effects("forward", "pay")] == [2, 1]
     assert world.standing() == []
+
+
+async def test_a_spine_whose_clock_is_far_ahead_does_not_keep_a_completion_from_ending(
+    sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes each transaction over while it is driven; after a few that its owner began anew, the caller is told."""
+    monkeypatch.setattr("actors.attempts.POLL_S", 0.01)
+    ahead = clock(ahead_s=3600)
+
+    async def slow(do: Any) -> Any:
+        began = len(journal(sqlite_url, "tx.claimed"))
+        await until(lambda: len(journal(sqlite_url, "tx.claimed")) > began)
+        return do()
+
+    behind = over(sqlite_url, Remote(world, forward=slow, attempts=1))
+    hasty = over(sqlite_url, Remote(world, attempts=1), clock=ahead)
+    with anyio.fail_after(30):
+        async with running(behind), running(hasty), flowing(ahead):
+            error = await failure(behind)
+    assert (error.code, error.phase) == ("INTERRUPTED", "ROLLED_BACK")
+    assert transactions(sqlite_url) == ["ABORTED"] * (ANEW_MOST + 1)
+    assert world.standing() == []
+    intact(sqlite_url)

@@ -154,9 +154,9 @@ def claimed(tx: str, epoch: int, run: str = "run-1") -> Record:
     return Record("tx.claimed", 6_600, fields)
 
 
-def acknowledged(tx: str, run: str = "run-1", status: str = "SUCCESS") -> Record:
+def acknowledged(tx: str, run: str = "run-1", status: str = "SUCCESS", **changes: Any) -> Record:
     fields = {"tx_id": tx, "run_id": run, "tenant_id": "acme", "domain": "incidents", "action": "create_incident"}
-    return Record("ack", 7_000, fields | {"status": status, "result_id": None, "error": None})
+    return Record("ack", 7_000, fields | {"status": status, "result_id": None, "error": None} | changes)
 
 
 def event(event_id: str, tx: str, n: int = 0, run: str = "run-1") -> Record:

@@ -9,22 +9,15 @@ from uuid import UUID, uuid5
 
 import pytest
 
-from spine.domains import (
-    BUILT_INS,
-    Local,
-    Refused,
-    RunFacts,
-    effect_id,
-    lesson_row,
-    outcome_of,
-    part_of,
-    participants,
-    policy_evaluation_row,
-)
+from actors.completion import steps_of
+from spine.built_in import BUILT_INS, lesson_row, outcome_of, policy_evaluation_row
+from spine.domains import Local, Refused, RunFacts, effect_id
+from spine.effects import Effect
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson, RunGovernanceFacade
 from spine.governance.transactions import DomainClass
 from spine.governance.units import Write
 from spine.kernel.errors import ConfigurationError
+from spine.parts import part_of, participants
 
 TX = "01890a5d-ac96-774b-bcce-b302099a8057"
 FACTS = RunFacts(
@@ -259,3 +252,26 @@ def test_a_refusal_keeps_code_and_reason_through_pickling() -> None:
 def test_a_refusal_is_text_whatever_it_was_given() -> None:
     refused = Refused(402, None)  # type: ignore[arg-type]
     assert (refused.code, refused.reason) == ("402", "None")
+
+
+def test_a_part_is_what_its_domain_declared_whatever_it_says_later() -> None:
+    """Its deadline and attempts are read once: a property that fails later ends no saga."""
+
+    class Moody:
+        name, after, attempts = "pay", (), 7
+        asked = 0
+
+        @property
+        def timeout_s(self) -> float:
+            self.asked += 1
+            if self.asked > 2:
+                raise KeyError("the configuration was reloaded")
+            return 2.5
+
+        async def forward(self, effect: Effect) -> None: ...
+
+        async def rollback(self, effect: Effect) -> None: ...
+
+    (part,) = [part for part in participants([Moody()]) if part.name == "pay"]
+    (step,) = steps_of([part], TX)
+    assert (part.timeout_s, part.attempts) == (step.timeout_s, step.attempts) == (2.5, 7)

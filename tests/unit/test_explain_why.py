@@ -205,6 +205,19 @@ def test_a_rolled_back_completion_names_the_domain_and_its_reason() -> None:
     assert "ledger" in why.next
 
 
+def test_an_attempt_that_only_the_end_of_a_process_undid_accuses_no_domain() -> None:
+    """The code is no proof: a domain may spell it, and then it is the domain that needs repair."""
+    for interrupted in (True, False):
+        journal = Journal()
+        journal.start()
+        journal.begin()
+        journal.abort(code="INTERRUPTED", interrupted=interrupted)
+        why = explained(journal)
+        assert (why.verdict, why.cause.code) == ("rolled_back", "INTERRUPTED")
+        assert ("Repair domain ledger" in why.next) is not interrupted
+        assert "complete the run again" in why.next.lower()
+
+
 def test_a_later_attempt_speaks_for_the_run() -> None:
     journal = Journal()
     journal.start()
@@ -239,6 +252,46 @@ def test_an_open_run_is_pending() -> None:
     assert "no outcome recorded" in str(why)
     journal.begin()
     assert explained(journal).cause.code == "EXECUTING"
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("COORDINATOR_DISABLED", "Switch the transaction coordinator on (TRANSACTION_COORDINATOR_ENABLED=true)"),
+        ("DOMAIN_PARKED", "spine parked"),
+        ("ROLLBACK_NOT_SUPPORTED", "Give the domain a rollback"),
+        ("INVALID_PARAMS", "Correct what the cause names"),
+    ],
+)
+def test_a_refused_completion_names_what_stands_against_it(code: str, remedy: str) -> None:
+    """Completing the run again as it is would be refused again."""
+    journal = Journal()
+    journal.start()
+    journal.add("tx.refused", completion_key="", code=code, reason="it may not begin")
+    why = explained(journal)
+    assert (why.verdict, why.cause.code) == ("pending", code)
+    assert remedy in why.next
+    assert "complete the run: complete_run(" in why.next
+    journal.begin()
+    assert remedy not in explained(journal).next
+
+
+def test_what_waits_after_the_commit_is_named() -> None:
+    """The publisher for its events, each POST domain for its own; who was served is not named."""
+    journal = Journal()
+    journal.start()
+    posts = [
+        {"n": n, "name": name, "class": "POST", "effect_id": f"e{n}"} for n, name in enumerate(("letters", "mail"), 2)
+    ]
+    journal.complete(domains=[{"n": 0, "name": "incidents", "class": "LOCAL"}, *posts])
+    for n, kind in enumerate(("run.completed", "post:letters", "post:mail"), 1):
+        journal.add("event", event_id=f"e{n}", tx_id="t1", n=n, type=kind, payload={})
+    said = "Nothing to do, but 1 of its events waits for the publisher and POST domains letters, mail have yet to act."
+    assert explained(journal).next == said
+    journal.add("event.published", event_ids=["e1", "e3"])
+    assert explained(journal).next == "Nothing to do, but POST domain letters has yet to act."
+    journal.add("event.published", event_ids=["e2"])
+    assert explained(journal).next == "Nothing to do."
 
 
 def test_broken_evidence_decides_the_exit_code_and_the_advice() -> None:

@@ -25,6 +25,7 @@ from spine.journal.verify import verify
 from tests.unit.journal_kit import (
     aborted,
     aborting,
+    acknowledged,
     begun,
     claimed,
     committed,
@@ -157,6 +158,7 @@ UNITS = st.one_of(
     st.builds(lambda run: [started(run, expectations=[PROMISE])], NAMES),
     st.builds(lambda run, previous: [reconciled(run, previous=previous)], NAMES, st.sampled_from([None, 1, 2])),
     st.builds(lambda run: [started(run), reconciled(run, previous=None)], NAMES),
+    st.builds(lambda run, judged: [acknowledged("a", run, contract=judged)], NAMES, st.integers(1, 2)),
 )
 BATCHES = st.lists(st.lists(st.tuples(UNITS, st.sampled_from([None, 1, 2])), max_size=8), min_size=1, max_size=4)
 

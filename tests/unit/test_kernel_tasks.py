@@ -9,6 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from spine.kernel.clock import SystemClock
 from spine.kernel.errors import Overloaded
 from spine.kernel.tasks import Tasks
 from tests.stubborn import swallow_cancellation
@@ -87,3 +88,43 @@ async def test_draining_and_cancelling_give_up_in_time_and_say_so() -> None:
     assert len(tasks) == 1
     release.set()
     assert await tasks.drained(5)
+
+
+async def test_who_looks_again_and_again_stops_looking_when_it_is_cancelled() -> None:
+    """The look under way ends too: it must begin nothing while its owner stops."""
+    tasks, crashed = owned()
+    looking, ended = asyncio.Event(), asyncio.Event()
+
+    async def look() -> None:
+        looking.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            ended.set()
+
+    keeper = tasks.spawn(tasks.every(1.0, look, "look", SystemClock()))
+    await looking.wait()
+    keeper.cancel()
+    assert await tasks.drained(5)
+    assert ended.is_set() and not crashed
+
+
+async def test_a_look_that_fails_ends_alone() -> None:
+    """The next one comes all the same."""
+    tasks, crashed = owned()
+    looks = 0
+    again = asyncio.Event()
+
+    async def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise ValueError("unreadable")
+        again.set()
+
+    keeper = tasks.spawn(tasks.every(0.0, look, "look", SystemClock()))
+    with anyio.fail_after(5):
+        await again.wait()
+    keeper.cancel()
+    assert await tasks.drained(5)
+    assert [name for name, _ in crashed] == ["look"]

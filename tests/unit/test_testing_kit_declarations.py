@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from spine.domains import BUILT_INS
+from spine.built_in import BUILT_INS
 from spine.effects import Effect
 from spine.testing import ContractViolated, check_domain
 from tests.unit.kept_domain import Kept, World

@@ -32,10 +32,10 @@ def report(domain: str, action: str, status: str = "SUCCESS", tenant: str = "acm
     return ack("run-1", tenant, domain, action, at=STARTED, tx_id="t", status=status, **more)
 
 
-def written(*records: Record) -> list[Row]:
-    """The records as journal rows from row 5 on."""
+def written(*records: Record, seq: int = 5) -> list[Row]:
+    """The records as journal rows from row ``seq`` on."""
     bodies = [{**record.fields, "kind": record.kind, "at": record.at} for record in records]
-    return [Row(seq, body) for seq, body in enumerate(bodies, start=5)]
+    return [Row(place, body) for place, body in enumerate(bodies, start=seq)]
 
 
 def done() -> list[Record]:
@@ -88,7 +88,19 @@ def test_an_aborted_completion_is_incomplete_and_still_due() -> None:
 def test_a_verdict_that_stands_is_not_recorded_again() -> None:
     rows = written(*with_verdict([*start(), *done()], [], at=STARTED))
     for more in (done(), [report("nobody", "asked")], []):
-        assert with_verdict(more, rows, at=STARTED + 7200 * SECOND) == more
+        unit = with_verdict(more, rows, at=STARTED + 7200 * SECOND)
+        assert [record.kind for record in unit] == ["ack"] * len(more)
+
+
+def test_a_report_that_leaves_the_verdict_as_it_was_names_the_row_it_was_judged_by() -> None:
+    """The last one of its unit: another unit that was judged by the same row does not stand beside it."""
+    rows = written(*with_verdict([*start(), *done()], [], at=STARTED))
+    *others, last = with_verdict(done(), rows, at=STARTED + 1)
+    assert others == done()[:-1]
+    assert last.fields == {**done()[-1].fields, "contract": rows[-1].seq}
+    later = read_contract([*rows, *written(last, seq=20)])
+    assert later is not None
+    assert (later.seq, later.standing) == (20, "COMPLETE")
 
 
 def test_a_taken_back_success_changes_the_verdict_and_names_the_row_it_replaces() -> None:
