@@ -19,6 +19,7 @@ from spine.governance.transactions import (
     TransactionResult,
     TxState,
 )
+from spine.kernel.errors import with_code
 from spine.publisher import POST
 
 # How much of a value is shown where two payloads differ.
@@ -83,7 +84,7 @@ def failure(plan: Plan, result: TransactionResult) -> TransactionFailed:
     """The error of a completion that was rolled back or parked."""
     failed = plan.failed
     assert failed is not None
-    why = f"domain {failed.name!r} ended transaction {plan.tx_id} with {plan.code}: {plan.error}"
+    why = f"domain {failed.name!r} ended transaction {plan.tx_id} with {with_code(plan.code, plan.error)}"
     if plan.state is TxState.PARKED:
         stuck = [step.name for step in plan.steps if step.state is StepState.PARKED]
         return TransactionFailed(
