@@ -23,6 +23,7 @@ from spine.governance.authority import check_start
 from spine.governance.failpoints import BEGIN, of_tx
 from spine.governance.transactions import (
     CompleteRun,
+    CompletionConflict,
     TransactionFailed,
     TransactionPhase,
     TransactionResult,
@@ -31,7 +32,7 @@ from spine.governance.transactions import (
     completion_problems,
 )
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, StaleEpoch, StorageFailed
-from spine.kernel.errors import JournalError
+from spine.kernel.errors import JournalBroken, JournalError
 from spine.kernel.messages import Envelope
 from spine.parts import Part
 from spine.publisher import POST, Event
@@ -142,7 +143,7 @@ class Attempts:
                     prior = await self._source.transaction(request.run_id, request.completion_key)
                 if prior is not None and TxState(prior.state) not in (TxState.ABORTED, TxState.ABORTED_MANUAL):
                     if prior.digest != digest and prior.state != TxState.PARKED:
-                        raise await self._refusals.told(envelope, request, endings.conflict(request, prior, digest))
+                        raise await self._refusals.told(envelope, request, await self._conflict(request, prior, digest))
                     if not TxState(prior.state).in_flight:
                         return await self._stored(request, prior)
                     waited = prior.tx_id
@@ -333,6 +334,13 @@ class Attempts:
         body = await self._ending(prior)
         if not body.get("interrupted"):
             raise endings.not_committed(request, prior, body)
+
+    async def _conflict(self, request: CompleteRun, prior: TransactionRow, digest: str) -> CompletionConflict:
+        begun: Mapping[str, Any] = {}
+        # A damaged record keeps nobody from being told that the key is taken.
+        with suppress(JournalBroken):
+            begun = await self._deps.source.body_at(prior.seq_begun)
+        return endings.conflict(request, prior, digest, begun)
 
     async def _stored(self, request: CompleteRun, prior: TransactionRow) -> TransactionResult:
         """The result of a completion that ended before; raises what it ended with."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from actors.completion import Plan
 from actors.outbox import published
+from actors.records import text
 from actors.rows import TransactionRow
+from spine.governance.completion import completion_payload
 from spine.governance.transactions import (
     CompleteRun,
     CompletionConflict,
@@ -17,7 +19,11 @@ from spine.governance.transactions import (
     TransactionResult,
     TxState,
 )
+from spine.kernel.errors import with_code
 from spine.publisher import POST
+
+# How much of a value is shown where two payloads differ.
+SHOWN_MOST: Final = 200
 
 
 def stored(result: TransactionResult, tx_id: str, rows: Sequence[Mapping[str, Any]]) -> TransactionResult:
@@ -78,7 +84,7 @@ def failure(plan: Plan, result: TransactionResult) -> TransactionFailed:
     """The error of a completion that was rolled back or parked."""
     failed = plan.failed
     assert failed is not None
-    why = f"domain {failed.name!r} ended transaction {plan.tx_id} with {plan.code}: {plan.error}"
+    why = f"domain {failed.name!r} ended transaction {plan.tx_id} with {with_code(plan.code, plan.error)}"
     if plan.state is TxState.PARKED:
         stuck = [step.name for step in plan.steps if step.state is StepState.PARKED]
         return TransactionFailed(
@@ -102,12 +108,24 @@ def failure(plan: Plan, result: TransactionResult) -> TransactionFailed:
     )
 
 
-def conflict(request: CompleteRun, prior: TransactionRow, digest: str) -> CompletionConflict:
-    """The error of another payload under a key that is taken."""
+def conflict(request: CompleteRun, prior: TransactionRow, digest: str, begun: Mapping[str, Any]) -> CompletionConflict:
+    """The error of another payload under a key that is taken; ``begun`` is the record of the one that took it."""
+    now = completion_payload(request) | {"error_message": text(request.error_message)}
+    differing = [
+        f"{name} {_shown(begun[name])}, now {_shown(value)}"
+        for name, value in now.items()
+        if name in begun and begun[name] != value
+    ]
     return CompletionConflict(
-        f"run {request.run_id!r} was completed under key {request.completion_key!r} with another payload "
-        f"(digest {prior.digest[:16]}, now {digest[:16]}): transaction {prior.tx_id} stands, use a new key"
+        f"run {request.run_id!r} was completed under key {request.completion_key!r} with another payload"
+        f"{': ' if differing else ''}{'; '.join(differing)} (digest {prior.digest[:16]}, now {digest[:16]}): "
+        f"transaction {prior.tx_id} stands, use a new key"
     )
+
+
+def _shown(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN_MOST else f"{shown[:SHOWN_MOST]}..."
 
 
 def unavailable(request: CompleteRun, detail: str, *, unknown: bool = False) -> TransactionFailed:

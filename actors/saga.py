@@ -32,6 +32,7 @@ from spine.governance.failpoints import of_step, of_tx
 from spine.governance.recordable import copied
 from spine.governance.transactions import INTERRUPTED, UNDONE_FROM, StepState, TransactionResult, TxState
 from spine.governance.units import CommitOutcome
+from spine.kernel.errors import with_code
 from spine.kernel.messages import Envelope
 from spine.kernel.restart import backoff
 from spine.kernel.tasks import cancelling
@@ -179,7 +180,7 @@ class Saga:
     async def _compensate(self) -> None:
         plan, failed = self.plan, self.plan.failed
         assert failed is not None
-        reason = f"{failed.name}: {plan.code}: {plan.error}"
+        reason = f"{failed.name}: {with_code(plan.code, plan.error)}"
         stuck: list[Step] = []
         for step in reversed(plan.steps):
             if not step.external or step.state not in UNDONE_FROM:

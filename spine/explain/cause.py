@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spine.explain.story import ABORTED_STATES, COMMITTED, PARKED, Attempt, JournalRow, Step, Story, text_of
+from spine.kernel.errors import with_code
 
 UNKNOWN = "unknown"
 
@@ -84,7 +85,7 @@ def _abort_reason(attempt: Attempt | None) -> str:
     if aborting is None:
         return ""
     name, code, error = (_field(aborting, part) or UNKNOWN for part in ("failed_domain", "code", "error"))
-    return f" (it was to be undone because domain {name} ended the completion with {code}: {error})"
+    return f" (it was to be undone because domain {name} ended the completion with {with_code(code, error)})"
 
 
 def _rolled_back(story: Story) -> Cause:

@@ -8,6 +8,8 @@ from typing import Any
 from spine.explain.decisions import DecisionLine
 from spine.kernel.printable import printable
 
+_OTHERS_MOST = 10
+
 Line = tuple[str, str]
 """A style name (``head``, ``good``, ``bad``, ``warn``, ``dim`` or empty) and the text."""
 
@@ -17,8 +19,13 @@ def verdict_style(verdict: str) -> str:
     return {"succeeded": "good", "pending": "warn"}.get(verdict, "bad")
 
 
-def explanation_lines(answer: Mapping[str, Any], decisions: Sequence[DecisionLine], notes: Sequence[str]) -> list[Line]:
-    """Return the answer as styled lines: verdict, cause, then what led to them; shape as ``Explanation.to_dict``."""
+def explanation_lines(
+    answer: Mapping[str, Any], decisions: Sequence[DecisionLine], notes: Sequence[str], others: Sequence[str] = ()
+) -> list[Line]:
+    """Return the answer as styled lines: verdict, cause, then what led to them; shape as ``Explanation.to_dict``.
+
+    ``others`` tells of the attempts to complete the run that the answer does not show, the last ten of them.
+    """
     verdict, cause, evidence = answer["verdict"], answer["cause"], answer["evidence"]
     intact = {True: "intact", False: "BROKEN", None: "not checked"}[evidence["intact"]]
     lines: list[Line] = [
@@ -30,7 +37,8 @@ def explanation_lines(answer: Mapping[str, Any], decisions: Sequence[DecisionLin
     ]
     for decision in decisions:
         lines += _decision(decision)
-    lines += [("", ""), *_completion(answer["transaction"]), *_contract(answer["contract"]), *_events(answer["events"])]
+    lines += [("", ""), *_completion(answer["transaction"]), *_others(others)]
+    lines += [*_contract(answer["contract"]), *_events(answer["events"])]
     first, last = evidence["first"], evidence["last"]
     place = f"evidence: journal {printable(evidence['stream'])} #{first} to #{last}, {intact}"
     lines += [("", ""), ("bad" if evidence["intact"] is False else "dim", place)]
@@ -107,6 +115,17 @@ def _completion(transaction: Mapping[str, Any] | None) -> list[Line]:
         who = f"{printable(domain['name'])} ({printable(domain['class'])})"
         lines.append(("bad" if error else "", f"  {who} {printable(domain['state'])}{result}{error}"))
     return lines
+
+
+def _others(others: Sequence[str]) -> list[Line]:
+    if not others:
+        return []
+    cut = len(others) - _OTHERS_MOST
+    before = f", the last {_OTHERS_MOST} of them" if cut > 0 else ""
+    return [
+        ("head", f"other attempts ({len(others)}){before}"),
+        *(("dim", f"  {printable(other)}") for other in others[max(cut, 0) :]),
+    ]
 
 
 def _contract(contract: Mapping[str, Any] | None) -> list[Line]:

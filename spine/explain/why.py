@@ -24,6 +24,8 @@ from spine.explain.story import (
     text_of,
 )
 from spine.explain.text import Line, explanation_lines
+from spine.governance.transactions import StepState
+from spine.kernel.errors import with_code
 
 EXIT_CODES = {"succeeded": 0, "denied": 3, "failed": 4, "rolled_back": 4, "parked": 4, "pending": 5}
 EXIT_NOT_FOUND = 6
@@ -45,6 +47,7 @@ class Explanation:
     evidence: dict[str, Any]
     next: str
     notes: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -72,7 +75,7 @@ class Explanation:
 
     def lines(self) -> list[Line]:
         """Return the text with a style name for each line."""
-        return explanation_lines(self.to_dict(), self.decisions, self.notes)
+        return explanation_lines(self.to_dict(), self.decisions, self.notes, self.others)
 
 
 def explain(
@@ -106,6 +109,7 @@ def explain(
         evidence={"stream": stream, "first": story.first, "last": story.last, "intact": intact},
         next=next_step(story, found, cause, intact=intact),
         notes=_notes(story),
+        others=_others(story),
     )
 
 
@@ -172,7 +176,7 @@ def _events(story: Story) -> list[dict[str, Any]]:
 
 
 def _notes(story: Story) -> list[str]:
-    """What the text adds about the start and earlier attempts, which the JSON shape has no place for."""
+    """What the text adds about the start and the attempts, which the JSON shape has no place for."""
     notes = []
     if story.started is not None:
         agent = text_of(story.started.body, "agent_id")
@@ -186,5 +190,27 @@ def _notes(story: Story) -> list[str]:
         notes.append(f"the completion was flagged: {text_of(attempt.begun.body, 'authority_reason') or 'unknown'}")
     notes += [f"taken over under epoch {attempt.epoch}"] if attempt is not None and attempt.epoch > 1 else []
     if len(story.attempts) > 1:
-        notes.append(f"{len(story.attempts)} attempts to complete it are recorded; the last is shown")
+        notes.append(f"{len(story.attempts)} attempts to complete it are recorded")
     return notes
+
+
+def _others(story: Story) -> list[str]:
+    """Every attempt that is not the one shown, in a line: what ended it, and what was undone of it."""
+    shown = _shown_attempt(story)
+    others = [attempt for attempt in story.attempts.values() if attempt is not shown]
+    return [_ending(attempt) for attempt in sorted(others, key=lambda attempt: attempt.seq)]
+
+
+def _ending(attempt: Attempt) -> str:
+    told = f"#{attempt.seq} {attempt.state}"
+    if attempt.completion_key:
+        told += f" under key {attempt.completion_key!r}"
+    for state, what in ((StepState.ROLLED_BACK, "rolled back"), (StepState.PARKED, "could not be rolled back")):
+        names = [step.name or "unknown" for _, step in sorted(attempt.steps.items()) if step.state == state]
+        told += f"; {', '.join(names)} {what}" if names else ""
+    row = attempt.aborting or attempt.ended
+    if row is None or attempt.state == COMMITTED:
+        return told
+    # What a domain said comes last: it may be long.
+    name, code, error = (text_of(row.body, part) or "unknown" for part in ("failed_domain", "code", "error"))
+    return f"{told}; because of domain {name}: {with_code(code, error)}"

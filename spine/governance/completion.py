@@ -68,12 +68,9 @@ def _message_problem(value: object) -> str | None:
     return None if problem is None else f"error_message {problem}"
 
 
-def completion_digest(request: CompleteRun) -> str:
-    """SHA-256 (hex) of the payload as canonical JSON: two completions under one key are the same when it is equal.
-
-    Raises ValueError on text that is not Unicode; ``completion_problems`` names the field.
-    """
-    payload = {
+def completion_payload(request: CompleteRun) -> dict[str, str | bool | None]:
+    """What two completions under one key must agree in."""
+    return {
         "tenant_id": request.tenant_id,
         "run_status": request.run_status,
         "agent_id": request.agent_id,
@@ -84,8 +81,15 @@ def completion_digest(request: CompleteRun) -> str:
         "synthetic_scenario_id": request.synthetic_scenario_id,
         "skip_events": request.skip_events,
     }
+
+
+def completion_digest(request: CompleteRun) -> str:
+    """SHA-256 (hex) of the payload as canonical JSON: two completions under one key are the same when it is equal.
+
+    Raises ValueError on text that is not Unicode; ``completion_problems`` names the field.
+    """
     try:
-        text = orjson.dumps(payload, option=orjson.OPT_SORT_KEYS)
+        text = orjson.dumps(completion_payload(request), option=orjson.OPT_SORT_KEYS)
     except TypeError as error:
         raise ValueError(f"the completion of run {request.run_id!r} is not canonical JSON: {error}") from error
     return hashlib.sha256(text).hexdigest()

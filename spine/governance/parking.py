@@ -38,7 +38,9 @@ def validate(request: ResolveTransaction | RetryTransaction) -> None:
     if isinstance(request, ResolveTransaction):
         texts["evidence"] = request.evidence
     for name, value in texts.items():
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str):
+            problem = problem or f"{name} must be text, not {type(value).__name__}"
+        elif not value.strip():
             problem = problem or f"{name} {value!r} is empty: say it in words"
         elif len(value) > EVIDENCE_MOST:
             problem = problem or f"{name} has {len(value)} characters, at most {EVIDENCE_MOST} are taken"

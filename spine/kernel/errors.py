@@ -33,6 +33,11 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def with_code(code: str | None, text: str | None) -> str:
+    """A code and the text it stands for; a text that already begins with it, as ``describe`` makes one, as it is."""
+    return text if text is not None and f"{text}: ".startswith(f"{code}: ") else f"{code}: {text}"
+
+
 class SpineError(Exception):
     """Root of every error that Spine raises."""
 

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from spine import CompletionConflict, OperationContext, Refused, Spine, TransactionFailed
-from tests.governed import Published, intact, journal, running, together
+from tests.governed import Published, intact, journal, query, running, together
 from tests.integration.billing import Local, bill, bills, make, raises
 from tests.participants import complete
 
@@ -33,23 +33,27 @@ async def test_the_same_completion_again_gives_the_stored_result(database_url: s
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "told"),
     [
-        {"status": "failed"},
-        {"agent_id": "a8"},
-        {"error_code": "E"},
-        {"error_message": "text"},
+        ({"status": "failed"}, "run_status 'succeeded', now 'failed'"),
+        ({"agent_id": "a8"}, "agent_id None, now 'a8'"),
+        ({"error_code": "E", "agent_id": "a8"}, "agent_id None, now 'a8'; error_code None, now 'E'"),
+        ({"error_message": "text\n" + "x" * 10_000}, "error_message None, now 'text\\nxxx"),
     ],
-    ids=repr,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-async def test_another_payload_under_the_same_key_is_a_conflict(sqlite_url: str, other: dict[str, Any]) -> None:
-    """CompletionConflict names run and key and changes nothing; under another key it is another completion."""
+async def test_another_payload_under_the_same_key_is_a_conflict(
+    sqlite_url: str, other: dict[str, Any], told: str
+) -> None:
+    """CompletionConflict names run, key and what differs, and changes nothing; another key is another completion."""
     spine = await make(sqlite_url, Local("billing", bill))
     async with running(spine):
         first = await complete(spine)
         before = journal(sqlite_url)
-        with pytest.raises(CompletionConflict, match="run-1"):
+        with pytest.raises(CompletionConflict, match="run-1") as raised:
             await complete(spine, **other)
+        assert f"with another payload: {told}" in str(raised.value)
+        assert len(str(raised.value)) < 700
         *kept, refused = journal(sqlite_url)
         assert kept == before
         assert (refused["kind"], refused["code"]) == ("tx.refused", "COMPLETION_CONFLICT")
@@ -59,6 +63,18 @@ async def test_another_payload_under_the_same_key_is_a_conflict(sqlite_url: str,
         assert (await complete(spine)).transaction_id == first.transaction_id
     assert bills(sqlite_url) == [("run-1", 5)] * 2
     intact(sqlite_url)
+
+
+async def test_a_conflict_is_told_where_only_what_is_not_recorded_differs(sqlite_url: str) -> None:
+    """A message is recorded up to a length: beyond it nothing can be named but the digests; nor can a damaged row."""
+    spine = await make(sqlite_url, Local("billing", bill))
+    async with running(spine):
+        await complete(spine, error_message="x" * 10_000)
+        with pytest.raises(CompletionConflict, match=r"another payload \(digest"):
+            await complete(spine, error_message="x" * 10_001)
+        query(sqlite_url, "UPDATE journal SET body = '{' WHERE kind = 'tx.begun'")
+        with pytest.raises(CompletionConflict, match=r"another payload \(digest"):
+            await complete(spine, status="failed")
 
 
 async def test_another_payload_after_an_abort_is_a_new_attempt(sqlite_url: str) -> None:

@@ -44,6 +44,7 @@ async def test_the_error_of_a_completion_tells_everything_of_it(sqlite_url: str,
     for named in ("run-1", "ship", "ConnectionError", "no route", str(error.transaction_id)):
         assert named in error.message
     assert str(error) == error.message
+    assert error.message.count("ConnectionError") == 1
     partial_results = error.partial_results
     assert (partial_results["run_id"], partial_results["phase"]) == ("run-1", "ROLLED_BACK")
     assert partial_results["is_complete"] is False

@@ -139,6 +139,9 @@ async def test_what_is_parked_is_tried_again_when_an_operator_says_so(database_u
             await spine.retry(tx_id, reason="once more", actor="op")
         spine._participants[-1].domain.forwards = well  # type: ignore[union-attr]
         assert (await complete(spine)).is_complete
+        why = await spine.why("run-1")
+        assert why.verdict == "succeeded"
+        assert "ABORTED; pay, no rolled back; because of domain no: NO_FUNDS: the account is empty" in str(why)
     epochs = [effect.epoch for effect in world.effects("rollback", "pay")]
     assert epochs == sorted(epochs)
     assert len(set(epochs)) == 4
@@ -204,8 +207,9 @@ async def test_an_operator_is_told_what_is_wrong_with_what_it_asks(sqlite_url: s
         for value in BAD_TEXTS:
             for field in ("evidence", "reason", "actor"):
                 given = {"evidence": "e", "reason": "r", "actor": "op", field: value}
-                with pytest.raises(ConfigurationError, match=field):
+                with pytest.raises(ConfigurationError, match=field) as raised:
                     await spine.resolve(tx_id, **given)
+                assert isinstance(value, str) or "is empty" not in str(raised.value)
                 if field != "evidence":
                     del given["evidence"]
                     with pytest.raises(ConfigurationError, match=field):

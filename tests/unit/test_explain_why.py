@@ -229,6 +229,41 @@ def test_a_later_attempt_speaks_for_the_run() -> None:
     assert "2 attempts" in str(why)
 
 
+def test_the_attempts_before_are_told_with_what_failed_and_what_was_rolled_back() -> None:
+    """One line for each, in the text alone: state, failing domain, error, and every domain that was undone or not."""
+    journal = Journal()
+    journal.start()
+    for tx_id, state, error in (("t1", "ABORTED", "empty"), ("t2", "ABORTED_MANUAL", "ValueError: NO\n")):
+        journal.begin(tx_id)
+        code = "NO_FUNDS" if error == "empty" else "ValueError"
+        journal.abort(tx_id, state="COMPENSATING", code=code, error=error)
+        journal.step(0, "pay", "ROLLED_BACK", tx_id)
+        journal.step(1, "ledger", "PARKED" if state == "ABORTED_MANUAL" else "ROLLED_BACK", tx_id)
+        journal.abort(tx_id, state=state, code=code, error=error)
+    journal.complete(tx_id="t3", attempt=3)
+    why = explained(journal)
+    lines = str(why).splitlines()
+    at = lines.index("other attempts (2)")
+    assert lines[at + 1] == "  #2 ABORTED; pay, ledger rolled back; because of domain ledger: NO_FUNDS: empty"
+    by_hand = "  #7 ABORTED_MANUAL; pay rolled back; ledger could not be rolled back; because of domain ledger"
+    assert lines[at + 2] == f"{by_hand}: ValueError: NO\\n"
+    assert why.transaction is not None
+    assert list(why.transaction) == ["state", "phase", "domains"]
+
+
+def test_of_many_attempts_before_the_last_ten_are_told() -> None:
+    """How many there were is told too."""
+    journal = Journal()
+    journal.start()
+    for n in range(13):
+        journal.begin(f"t{n}", completion_key="monthly" if n == 11 else "")
+        journal.abort(f"t{n}")
+    lines = str(explained(journal)).splitlines()
+    at = lines.index("other attempts (12), the last 10 of them")
+    assert sum(line.startswith("  #") for line in lines[at:]) == 10
+    assert "  #24 ABORTED under key 'monthly'; because of domain ledger: NO_FUNDS: empty" in lines
+
+
 def test_a_parked_rollback_comes_before_everything() -> None:
     journal = Journal()
     journal.start()
@@ -238,6 +273,17 @@ def test_a_parked_rollback_comes_before_everything() -> None:
     journal.abort(state="PARKED")
     why = explained(journal)
     assert (why.verdict, why.exit_code, why.cause.code, why.cause.seq) == ("parked", 4, "UNREACHABLE", parked.seq)
+
+
+def test_a_code_that_its_text_begins_with_is_told_once() -> None:
+    """A failure's code is the type of its error, which the error's text names too."""
+    journal = Journal()
+    journal.start()
+    journal.begin()
+    journal.abort(state="COMPENSATING", code="ValueError", error="ValueError: card declined")
+    journal.step(1, "ledger", "PARKED", code="UNREACHABLE", error="no route")
+    journal.abort(state="PARKED")
+    assert "ended the completion with ValueError: card declined)" in explained(journal).cause.text
 
 
 def test_an_open_run_is_pending() -> None:
