@@ -12,7 +12,7 @@ from spine.governance.transactions import CompleteRun, DomainClass, StepState, T
 from spine.kernel.errors import JournalBroken
 
 # Of what kinds the records are that are read here.
-KINDS = ("tx.begun", "tx.step", "tx.aborting", "tx.claimed", "tx.retried")
+KINDS = ("tx.begun", "tx.step", "tx.aborting", "tx.claimed")
 _FLAGS = ("governance_active", "authority_degraded", "authority_reason", "authority_code")
 
 
@@ -40,11 +40,10 @@ def reload(rows: Iterable[JournalRow], standing: TransactionRow, parts: Sequence
     for body in bodies:
         if body["kind"] == "tx.step":
             _stepped(plan.steps[body["n"]], body)
-        elif body["kind"] in ("tx.claimed", "tx.retried"):
-            # Who claims a transaction finds that somebody ended in the middle of it; a retry counts anew.
+        elif body["kind"] == "tx.claimed":
+            # Who claims a transaction finds that somebody ended in the middle of it; each move of a step counts anew.
             for step in plan.steps:
-                undoing = step.state is StepState.RB_INTENT and body["kind"] == "tx.claimed"
-                step.tried = step.tried + 1 if undoing else 0
+                step.tried += step.state is StepState.RB_INTENT
         elif body["kind"] == "tx.aborting":
             named = (step for step in plan.steps if step.name == body["failed_domain"])
             plan.failed = next(named, None) or contract_step(plan)
