@@ -13,7 +13,7 @@ from spine import Refused
 from spine.governance.units import CommitOutcome, Record, StorageFailed
 from spine.kernel.clock import VirtualClock
 from tests.governed import Published, intact, journal, query, running, until
-from tests.participants import Remote, World, complete, failure, over, raises, refuses, transactions
+from tests.participants import Held, Remote, World, complete, failure, over, raises, refuses, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
@@ -93,3 +93,17 @@ async def test_the_error_of_a_parked_completion_has_the_cause_of_the_abort(sqlit
         "pay": "OSError",
         "no": "NO_STOCK",
     }
+
+
+async def test_how_long_a_completion_took_and_what_it_published_are_told(sqlite_url: str, world: World) -> None:
+    """The time that its domains took is in the result; health counts the events that are out."""
+    clock, held = VirtualClock(time.time_ns() // 1000), Held()
+    spine = over(sqlite_url, Remote(world, forward=held), clock=clock)
+    async with running(spine):
+        call = asyncio.ensure_future(complete(spine))
+        await held.reached.wait()
+        await clock.advance(2)
+        held.let_go.set()
+        done = await call
+        assert (done.phase, done.duration_ms) == ("EVENTS_PUBLISHED", 2000)
+        assert spine.health().transactions["events_published"] == 1

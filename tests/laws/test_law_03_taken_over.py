@@ -15,6 +15,7 @@ import pytest
 
 from spine import Refused, RunFacts, Spine, Write
 from spine.kernel.clock import VirtualClock
+from spine.settings import Retry
 from tests.governed import intact, journal, running, until
 from tests.participants import Remote, Sender, World, complete, failure, over, refuses, transactions, well
 
@@ -181,4 +182,31 @@ async def test_who_only_undoes_needs_only_the_domains_that_can_be_undone(sqlite_
         assert (await caller).code == "CLOSED"
     assert world.told() == ["forward pay", "rollback pay"]
     assert world.standing() == []
+    intact(sqlite_url)
+
+
+async def test_a_rollback_in_whose_midst_spine_after_spine_ends_is_parked(sqlite_url: str, world: World) -> None:
+    """Each counts as one try: when they are used up the domain is not asked again, and an operator is told why."""
+    clocks = late(30), late(20)
+    stops = Stops("call.rollback.before"), Stops("call.rollback.before")
+    retry = Retry(attempts=2, first_s=0.001, most_s=0.002)
+    first, second = (
+        over(sqlite_url, Remote(world, forward=refuses()), failpoint=stop, clock=clock, retry=retry)
+        for stop, clock in zip(stops, clocks, strict=True)
+    )
+    third = over(sqlite_url, Remote(world), retry=retry)
+    async with running(first), flowing(*clocks):
+        caller = asyncio.ensure_future(failure(first))
+        await stops[0].reached["call.rollback.before"].wait()
+        async with running(second):
+            await stops[1].reached["call.rollback.before"].wait()
+            async with running(third):
+                await until(lambda: transactions(sqlite_url) == ["PARKED"])
+                (parked,) = await third._system.reader.parked()  # type: ignore[union-attr]
+                assert world.told("rollback") == []
+                for stop in stops:
+                    stop.go["call.rollback.before"].set()
+                assert (await caller).code == "PARKED"
+    assert str(parked.error) == "2 processes ended while domain 'pay' was asked to undo it"
+    assert claims(sqlite_url) == [2, 3]
     intact(sqlite_url)

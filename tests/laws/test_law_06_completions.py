@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 
 from spine import Spine, TransactionFailed
 from spine.governance.transactions import CompleteRun
+from spine.journal.reader import JournalReader
+from spine.kernel.clock import VirtualClock
 from spine.kernel.errors import Overloaded
 from spine.settings import Retry
-from tests.governed import running, until
+from tests.governed import query, running, until
 from tests.participants import Held, Remote, World, complete, over, refuses, transactions
 
 pytestmark = pytest.mark.anyio
@@ -178,3 +181,38 @@ async def test_questions_about_contracts_are_bounded(sqlite_url: str, monkeypatc
         assert len(refused) >= 6
         assert {str(error) for error in refused} == {"audit runs 4 tasks already: ask again later"}
         assert (await spine.reconcile("run-1")).overall == "INCOMPLETE"
+
+
+async def test_takeovers_at_a_time_are_bounded(sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten transactions are left by one Spine: the next one reads and claims two at a time, until all are ended."""
+    monkeypatch.setattr("actors.takeover.AT_ONCE", 2)
+    monkeypatch.setattr("actors.takeover.TICK_S", 0.02)
+    read, under_way, most = JournalReader.run_rows, 0, 0
+
+    async def counted(self: JournalReader, run_id: str, *kinds: str) -> Any:
+        nonlocal under_way, most
+        if "tx.claimed" not in kinds:
+            return await read(self, run_id, *kinds)
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return await read(self, run_id, *kinds)
+        finally:
+            under_way -= 1
+
+    held = Held()
+    # Everybody else sees that its lease was over long ago.
+    gone = VirtualClock(time.time_ns() // 1000 - 600_000_000)
+    left = over(sqlite_url, Remote(world, forward=held), clock=gone)
+    async with running(left):
+        callers = [asyncio.ensure_future(complete(left, f"run-{n}")) for n in range(10)]
+        await until(lambda: len(world.calls) == 10)
+        monkeypatch.setattr(JournalReader, "run_rows", counted)
+        taking = over(sqlite_url, Remote(world))
+        async with running(taking):
+            await until(lambda: query(sqlite_url, "SELECT DISTINCT state FROM transactions") == [("COMMITTED",)])
+        for caller in callers:
+            caller.cancel()
+        held.let_go.set()
+        await asyncio.wait(callers)
+    assert most == 2
