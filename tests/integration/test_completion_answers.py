@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from spine import Refused
+from spine import Refused, RunFacts, Write
 from spine.governance.units import CommitOutcome, Record, StorageFailed
 from spine.kernel.clock import VirtualClock
 from tests.governed import Published, intact, journal, query, running, until
-from tests.participants import Held, Remote, World, complete, failure, over, raises, refuses, transactions
+from tests.participants import Held, Remote, World, complete, failure, over, raises, refuses, steps, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
@@ -107,3 +107,41 @@ async def test_how_long_a_completion_took_and_what_it_published_are_told(sqlite_
         done = await call
         assert (done.phase, done.duration_ms) == ("EVENTS_PUBLISHED", 2000)
         assert spine.health().transactions["events_published"] == 1
+
+
+class Book:
+    """A LOCAL domain between two outside."""
+
+    name, after = "book", ("pay",)
+
+    def plan(self, run: RunFacts) -> list[Write]:
+        return []
+
+
+async def test_what_stands_by_way_of_a_local_domain_on_what_could_not_be_undone_is_kept_too(
+    sqlite_url: str, world: World
+) -> None:
+    """The parcel comes after the booking and that after the payment: while the parcel stands the payment does."""
+    parcel = Remote(world, "parcel", after=["book"], rollback=raises(OSError("on its way")))
+    no = Remote(world, "no", after=["parcel"], forward=refuses())
+    spine = over(sqlite_url, Remote(world), Book(), parcel, no)
+    async with running(spine):
+        error = await failure(spine)
+        assert error.phase == "PARKED"
+        assert steps(sqlite_url) == {"pay": "DONE", "parcel": "PARKED", "no": "ROLLED_BACK"}
+    assert world.standing() == ["parcel", "pay"]
+    intact(sqlite_url)
+
+
+async def test_an_abort_of_local_domains_alone_is_counted_too(sqlite_url: str) -> None:
+    class Full:
+        name, after = "full", ()
+
+        def plan(self, run: RunFacts) -> list[Write]:
+            raise Refused("FULL", "no room")
+
+    spine = over(sqlite_url, Full())
+    async with running(spine):
+        assert (await failure(spine)).code == "FULL"
+        assert spine.health().transactions["aborted"] == 1
+        assert spine.health().transactions["committed"] == 0

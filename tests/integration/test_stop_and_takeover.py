@@ -10,7 +10,7 @@ import pytest
 from spine.journal.reader import JournalReader
 from spine.settings import Retry
 from tests.governed import intact, journal, running, until
-from tests.participants import Remote, World, complete, over, raises, refuses, transactions
+from tests.participants import Held, Remote, World, complete, over, raises, refuses, transactions
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("often")]
 
@@ -45,4 +45,23 @@ async def test_a_stopping_spine_does_not_claim_what_it_has_just_given_up(
         assert caller.cancelled() or caller.exception() is not None
     assert transactions(sqlite_url) == ["COMPENSATING"]
     assert journal(sqlite_url, "tx.claimed") == []
+    intact(sqlite_url)
+
+
+async def test_a_rollback_under_way_may_end_while_its_spine_stops(sqlite_url: str, world: World) -> None:
+    """A stop gives up what is still to be done, not what is being undone: no next start has to ask again."""
+    held = Held()
+    spine = over(sqlite_url, Remote(world, forward=refuses(), rollback=held), drain_s=0.1)
+    async with running(spine):
+        caller = asyncio.create_task(complete(spine))
+        await held.reached.wait()
+        attempts = spine._system.supervisor._children["coordinator"].actor._attempts  # type: ignore[union-attr]
+        stopping = asyncio.create_task(spine.stop())
+        await until(lambda: attempts._stopping)
+        held.let_go.set()
+        await stopping
+        await asyncio.wait([caller])
+        assert caller.cancelled() or caller.exception() is not None
+    assert transactions(sqlite_url) == ["ABORTED"]
+    assert world.told() == ["forward pay", "rollback pay"]
     intact(sqlite_url)
