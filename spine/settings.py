@@ -14,6 +14,8 @@ from spine.kernel.tracing import Level
 
 DEFAULT_URL = "sqlite+aiosqlite:///spine.db"
 PAUSE_MOST_S = 3600.0
+WAIT_MOST_S = 86_400.0
+CREDITS_MOST = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +29,20 @@ class Retry:
     most_s: float = 10.0
 
     def __post_init__(self) -> None:
-        attempts = self.attempts
-        if not isinstance(attempts, int) or isinstance(attempts, bool) or not 1 <= attempts <= ATTEMPTS_MOST:
-            raise ConfigurationError(f"retry: attempts {attempts!r} must be an integer from 1 to {ATTEMPTS_MOST}")
+        _check_count("retry: attempts", self.attempts, ATTEMPTS_MOST)
         for name in ("first_s", "most_s"):
-            seconds = getattr(self, name)
-            if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 <= seconds <= PAUSE_MOST_S:
-                raise ConfigurationError(
-                    f"retry: {name} {seconds!r} must be a number of seconds from 0 to {PAUSE_MOST_S:g}"
-                )
+            _check_seconds(f"retry: {name}", getattr(self, name), PAUSE_MOST_S)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Limits and ports of one Spine.
 
-    ``credits`` calls are admitted at a time (>= 1). Stopping drains for ``drain_s`` seconds and ends within ``stop_s``.
-    A loop that stands still longer than ``blocked_s`` seconds is reported. ``clock`` and ``seed`` make a Spine
-    repeatable; ``trace`` is the level of the message log, ``None`` for SPINE_TRACE or ``off``. ``retry`` is for the
-    calls to domains outside; ``failpoint`` hears of every moment in ``spine.governance.failpoints``, for tests.
+    ``credits`` calls are admitted at a time (1 to a million). Stopping drains for ``drain_s`` seconds and ends within
+    ``stop_s``; a loop that stands still longer than ``blocked_s`` seconds is reported; none is more than a day.
+    ``clock`` and ``seed`` make a Spine repeatable; ``trace`` is the level of the message log, ``None`` for SPINE_TRACE
+    or ``off``. ``retry`` is for the calls to domains outside; ``failpoint`` hears of every moment in
+    ``spine.governance.failpoints``, for tests.
     """
 
     credits: int = 4096
@@ -60,14 +57,25 @@ class Settings:
     failpoint: Failpoint = pass_by
 
     def __post_init__(self) -> None:
-        if not isinstance(self.credits, int) or self.credits < 1:
-            raise ConfigurationError(f"settings: credits {self.credits!r} must be an integer of at least 1")
+        _check_count("settings: credits", self.credits, CREDITS_MOST)
         for name in ("drain_s", "stop_s", "blocked_s"):
-            seconds = getattr(self, name)
-            if not isinstance(seconds, (int, float)) or not seconds > 0:
-                raise ConfigurationError(
-                    f"settings: {name} {getattr(self, name)!r} must be a positive number of seconds"
-                )
+            _check_seconds(f"settings: {name}", getattr(self, name), WAIT_MOST_S, more=True)
+
+
+def _check_count(name: str, value: object, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ConfigurationError(f"{name} {value!r} must be an integer from 1 to {most}")
+
+
+def _check_seconds(name: str, value: object, most: float, *, more: bool = False) -> None:
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not 0 <= value <= most
+        or (more and value == 0)
+    ):
+        start = "of more than 0 and at most" if more else "from 0 to"
+        raise ConfigurationError(f"{name} {value!r} must be a number of seconds {start} {most:g}")
 
 
 def default_url() -> str:
