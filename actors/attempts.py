@@ -22,6 +22,7 @@ from actors.verdicts import with_verdict
 from spine.governance.authority import check_start
 from spine.governance.failpoints import BEGIN, of_tx
 from spine.governance.transactions import (
+    RAC_ROLLBACK_AUDIT_ENABLED,
     CompleteRun,
     CompletionConflict,
     TransactionFailed,
@@ -198,6 +199,7 @@ class Attempts:
             counts=(0, 0, 0) if starts else await self._source.operation_counts(request.run_id, request.tenant_id),
             start=self._start(request, now, starts=starts),
             rows=() if starts else await self._source.contract_rows(request.run_id),
+            rollback_audit=RAC_ROLLBACK_AUDIT_ENABLED,
         )
 
     def _start(self, request: CompleteRun, now: int, *, starts: bool) -> list[Record]:

@@ -18,7 +18,6 @@ from spine.governance.params import id_problem
 from spine.governance.recordable import copied, recorded
 from spine.governance.transactions import (
     INTERRUPTED,
-    RAC_ROLLBACK_AUDIT_ENABLED,
     CompleteRun,
     DomainClass,
     StepState,
@@ -102,7 +101,7 @@ class Plan:
     duration_ms: int = 0
     start: list[Record] = field(default_factory=list)
     rows: Sequence[JournalRow] = ()
-    rollback_audit: bool = RAC_ROLLBACK_AUDIT_ENABLED
+    rollback_audit: bool = True
     stalled: int = 0
 
     @property

@@ -121,7 +121,7 @@ async def test_without_the_rollback_audit_an_effect_counts_only_once_it_is_commi
     sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``RAC_ROLLBACK_AUDIT_ENABLED=false``: no success is told that nobody would take back."""
-    monkeypatch.setattr("actors.transaction_records.RAC_ROLLBACK_AUDIT_ENABLED", False)
+    monkeypatch.setattr("actors.attempts.RAC_ROLLBACK_AUDIT_ENABLED", False)
     no = Remote(world, "no", after=["pay"], forward=then(refuses(), well))
     spine = over(sqlite_url, Remote(world), no, publisher=Published())
     async with running(spine):
