@@ -151,7 +151,7 @@ class Attempts:
                     await self._wait_for(request, prior)
                     continue
                 if prior is not None and (prior.tx_id, prior.digest) == (waited, digest):
-                    if anew == ANEW_MOST:
+                    if anew == ANEW_MOST or self._stopping:
                         return await self._stored(request, prior)
                     await self._fail_like(request, prior)
                     anew += 1
@@ -224,6 +224,9 @@ class Attempts:
         except Lost as lost:
             self._exchange.tracer.fault("spine.transaction.lost", exc=lost, tx_id=plan.tx_id)
             return None
+        except JournalError as error:
+            # It has begun, and is taken over by whoever can read the journal.
+            raise endings.unavailable(plan.request, str(error), unknown=True) from error
         finally:
             self._sagas.pop(plan.tx_id, None)
 

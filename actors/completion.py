@@ -18,6 +18,7 @@ from spine.governance.params import id_problem
 from spine.governance.recordable import copied, recorded
 from spine.governance.transactions import (
     INTERRUPTED,
+    STALLED,
     CompleteRun,
     DomainClass,
     StepState,
@@ -236,7 +237,14 @@ def give_up(plan: Plan, step: Step, error: str) -> None:
     """Mark the step at which one driver after the other ended: it is not tried once more."""
     if step.cls is DomainClass.LOCAL:
         step.state = move_step(step.state, StepState.INTENT, TxState.EXECUTING)
-    fail(plan, step, StepState.UNKNOWN, INTERRUPTED, error, None)
+    fail(plan, step, StepState.UNKNOWN, STALLED, error, None)
+
+
+def next_asked(plan: Plan) -> Step | None:
+    """The first user's domain that has yet to do its part, or is asked again; those before a sent one had theirs."""
+    sent = [n for n, step in enumerate(plan.steps) if step.external and step.state is not StepState.PLANNED]
+    ahead = plan.steps[sent[-1] if sent else 0 :]
+    return next((s for s in ahead if s.state is not StepState.DONE and not isinstance(s.domain, BuiltIn)), None)
 
 
 def _ask(step: Step, facts: RunFacts) -> None:

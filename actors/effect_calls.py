@@ -15,7 +15,7 @@ from spine.kernel.errors import Overloaded, describe
 from spine.kernel.exchange import Exchange
 from spine.kernel.tasks import Tasks
 
-# Of one kind, such as the rollbacks of one domain: whose calls hang keeps nobody else's from being made.
+# Of one kind, such as the rollbacks of one domain, so many at a time: whose calls hang keeps nobody else's waiting.
 CALLS_MOST: Final = 1024
 
 Method = Callable[[Effect], Awaitable[Any]]
@@ -40,6 +40,14 @@ class Unanswered:
 Answer = Answered | Refused | Unanswered
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The calls of one method of one domain, or of the publisher, those left behind among them."""
+
+    tasks: Tasks
+    room: asyncio.Semaphore
+
+
 class EffectCalls:
     """Calls domains outside for one coordinator."""
 
@@ -49,7 +57,7 @@ class EffectCalls:
         self._exchange = exchange
         self._failpoint = failpoint
         self._on_crash = on_crash
-        self._kinds: dict[str, Tasks] = {}
+        self._kinds: dict[str, _Kind] = {}
 
     async def call(self, name: str, what: str, method: Method, effect: Effect) -> Answer:
         """Call ``method`` of domain ``name`` until ``effect.deadline``; never raises what the domain raises."""
@@ -58,14 +66,16 @@ class EffectCalls:
     async def run(self, label: str, moment: str, work: Callable[[], Awaitable[Any]], deadline: float) -> Answer:
         """Run foreign code until ``deadline`` (monotonic seconds); what will not end then is left behind.
 
-        Of one ``label`` at most ``CALLS_MOST`` run at a time, those left behind among them.
+        Of one ``label`` at most ``CALLS_MOST`` run at a time, those left behind among them; the next one waits its turn
+        until ``deadline``.
         """
         await self._failpoint(f"{moment}.before")
-        running = _Running(self._exchange, deadline)
-        try:
-            running.task = self._tasks(label).spawn(running.run(work), label)
-        except Overloaded as error:
+        kind = self._kind(label)
+        if not await self._room(kind, deadline):
+            error = Overloaded(f"{CALLS_MOST} calls of {label} have not ended: it was not called")
             return Unanswered("OVERLOADED", str(error), error)
+        running = _Running(self._exchange, deadline)
+        running.task = kind.tasks.spawn(running.run(work), label, kind.room.release)
         self._exchange.deadlines.add(deadline, running)
         try:
             await running.ended
@@ -79,14 +89,25 @@ class EffectCalls:
 
     async def stop(self, seconds: float) -> bool:
         """Cancel what still runs and wait at most ``seconds``; ``False`` when one refuses to end."""
-        ended = await asyncio.gather(*(tasks.cancel(seconds) for tasks in self._kinds.values()))
+        ended = await asyncio.gather(*(kind.tasks.cancel(seconds) for kind in self._kinds.values()))
         return all(ended)
 
-    def _tasks(self, label: str) -> Tasks:
+    def _kind(self, label: str) -> _Kind:
         found = self._kinds.get(label)
         if found is None:
-            found = self._kinds[label] = Tasks(label, limit=CALLS_MOST, on_crash=self._on_crash)
+            tasks = Tasks(label, limit=CALLS_MOST, on_crash=self._on_crash)
+            found = self._kinds[label] = _Kind(tasks, asyncio.Semaphore(CALLS_MOST))
         return found
+
+    async def _room(self, kind: _Kind, deadline: float) -> bool:
+        """Take room for one call, as soon as there is some; ``False`` when there is none until ``deadline``."""
+        if not kind.room.locked():
+            return await kind.room.acquire()
+        try:
+            with self._exchange.deadlines.limit(max(deadline - self._exchange.clock.monotonic(), 0.0)):
+                return await kind.room.acquire()
+        except TimeoutError:
+            return False
 
 
 class _Running:

@@ -11,7 +11,7 @@ from actors.effect_calls import EffectCalls
 from actors.recorder import Recorder
 from actors.rows import ContractRows
 from actors.transaction_log import TransactionLog
-from actors.verdicts import with_verdict
+from actors.verdicts import Overtaken, with_verdict
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, Write
 from spine.kernel.errors import SpineError
@@ -47,6 +47,7 @@ class Moves:
         self._own = driving
         self._plan = plan
         self._cause = cause
+        self._overtaken = Overtaken(plan.request.run_id)
 
     async def begin(self) -> CommitOutcome:
         """Record the transaction with its plan; whoever else began it first keeps it."""
@@ -63,42 +64,57 @@ class Moves:
         await self.write([of_step(move)], rows)
         self._own.log.moved(self._cause, self._plan, step, move)
 
+    async def write(self, moments: Sequence[str], rows: Sequence[Record]) -> None:
+        """Have moves committed. Raises ``Lost`` when the transaction is not ours any more."""
+        if (failed := await self._written(moments, rows)) is not None:
+            raise self._lost(moments, failed)
+
     async def end(self, move: str, rows: Sequence[Record]) -> None:
         """Have the last move of a transaction that did not commit recorded, whoever judges its run meanwhile.
 
-        Raises ``Lost``.
+        Raises ``Lost`` or JournalError.
         """
         while True:
             await self.read_contract()
-            if await self.judged(move, rows) is None:
+            failed = await self.judged(move, rows)
+            if failed is None:
                 return
+            if not failed.of_verdict:
+                raise self._lost([move], failed)
 
     async def read_contract(self) -> None:
-        """Look up what the journal holds of the run's contract."""
+        """Look up what the journal holds of the run's contract. Raises JournalError."""
         self._plan.rows = await self._own.contracts.contract_rows(self._plan.request.run_id)
 
     async def judged(self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()) -> GuardFailed | None:
         """Have a last move committed, with the verdict over the run's contract that it brings about.
 
         Gives back the guard of a domain's write that failed, or one ``of_verdict`` where somebody judged the run, or
-        reported of it, since its contract was read. Raises ``Lost``.
+        reported of it, since its contract was read. Raises ``Lost``; JournalBroken where reading again does not help.
         """
-        at = self._own.exchange.clock.time_us()
-        return await self.write([of_tx(move)], with_verdict(rows, self._plan.rows, at=at), writes)
+        known = self._plan.rows
+        judged = with_verdict(rows, known, at=self._own.exchange.clock.time_us())
+        failed = await self._written([of_tx(move)], judged, writes)
+        if failed is not None and failed.of_verdict:
+            self._overtaken.by(known)
+        return failed
 
-    async def write(
+    async def _written(
         self, moments: Sequence[str], rows: Sequence[Record], writes: Sequence[Write] = ()
     ) -> GuardFailed | None:
-        """Have moves committed; gives back what may be mended. Raises ``Lost`` when it is not ours any more."""
+        """Have moves committed; gives back a guard that its caller may know how to mend."""
         await self._pass(moments, "before")
         outcome = await self._commit(rows, writes=writes)
         if isinstance(outcome, GuardFailed) and (outcome.of_write or outcome.of_verdict):
             return outcome
         if not isinstance(outcome, Committed):
-            raise Lost(f"transaction {self._plan.tx_id}: {moments[-1]} was not recorded: {outcome}")
+            raise self._lost(moments, outcome)
         self._plan.stalled = 0
         await self._pass(moments, "after")
         return None
+
+    def _lost(self, moments: Sequence[str], outcome: CommitOutcome) -> Lost:
+        return Lost(f"transaction {self._plan.tx_id}: {moments[-1]} was not recorded: {outcome}")
 
     async def _pass(self, moments: Sequence[str], when: str) -> None:
         for moment in moments:

@@ -14,13 +14,13 @@ from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
 from actors.recorder import Recorder
 from actors.records import ack
 from actors.rows import ContractRows, RunRows
-from actors.verdicts import with_verdict
+from actors.verdicts import Overtaken, with_verdict
 from spine.domains import Refused
 from spine.effects import Effect, Post
 from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint
 from spine.governance.recordable import copied
 from spine.governance.transactions import DomainClass
-from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record
+from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, StorageFailed
 from spine.kernel.errors import JournalError, Overloaded
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
@@ -272,13 +272,20 @@ class Outbox:
     async def _record(self, delivery: _Delivery, rows: list[Record]) -> CommitOutcome:
         """Record a delivery; what a POST domain acknowledges may be the last word that the contract waited for."""
         run_id = delivery.events[0].run_id
-        while True:
-            judged = rows
-            if len(rows) > 1:
-                judged = with_verdict(rows, await self._source.contract_rows(run_id), at=rows[0].at)
-            outcome = await self._recorder.commit(judged, run_id=run_id, parent=delivery.cause)
-            if not (isinstance(outcome, GuardFailed) and outcome.of_verdict):
-                return outcome
+        if len(rows) == 1:
+            return await self._recorder.commit(rows, run_id=run_id, parent=delivery.cause)
+        overtaken = Overtaken(run_id)
+        try:
+            while True:
+                known = await self._source.contract_rows(run_id)
+                judged = with_verdict(rows, known, at=rows[0].at)
+                outcome = await self._recorder.commit(judged, run_id=run_id, parent=delivery.cause)
+                if not (isinstance(outcome, GuardFailed) and outcome.of_verdict):
+                    return outcome
+                overtaken.by(known)
+        except JournalError as error:
+            # It stays pending, and is delivered again.
+            return StorageFailed(str(error))
 
     async def _publish(self, event: Event, attempt: int) -> BaseException | None:
         if event.type.startswith(POST):

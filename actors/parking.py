@@ -11,7 +11,7 @@ from actors.recorder import Recorder
 from actors.records import text
 from actors.reload import KINDS, reload
 from actors.rows import ContractRows, Transactions
-from actors.verdicts import with_verdict
+from actors.verdicts import Overtaken, with_verdict
 from spine.governance.failpoints import Failpoint, of_tx
 from spine.governance.parking import ResolveTransaction, RetryTransaction, validate
 from spine.governance.transactions import TxState
@@ -47,9 +47,10 @@ class Parking:
         self._failpoint = failpoint
 
     async def resolve(self, envelope: Envelope, request: ResolveTransaction) -> dict[str, Any]:
-        """End a parked transaction that was undone by hand. Raises ConfigurationError or JournalUnavailable."""
+        """End a parked transaction that was undone by hand. Raises ConfigurationError or JournalError."""
+        plan = await self._parked(request)
+        overtaken = Overtaken(plan.request.run_id)
         while True:
-            plan = await self._parked(request)
             rows = records.resolved(
                 plan,
                 self._exchange.clock.time_us(),
@@ -61,6 +62,8 @@ class Parking:
             judged = with_verdict(rows, known, at=self._exchange.clock.time_us())
             if await self._write(envelope, plan, "resolve", judged):
                 return _told(plan)
+            overtaken.by(known)
+            plan = await self._parked(request)
 
     async def retry(self, envelope: Envelope, request: RetryTransaction) -> dict[str, Any]:
         """Have the rollbacks tried again, by whoever has the domains. Raises ConfigurationError, JournalUnavailable."""

@@ -11,12 +11,12 @@ from typing import Protocol
 
 from actors.recorder import Recorder
 from actors.rows import ContractRows
-from actors.verdicts import judge
+from actors.verdicts import Overtaken, judge
 from spine.explain.contract import read_contract
 from spine.governance.contract import ContractError, ReconcileRun, Reconciliation
 from spine.governance.params import id_problem
 from spine.governance.units import Committed, GuardFailed
-from spine.kernel.errors import JournalError, JournalUnavailable
+from spine.kernel.errors import JournalBroken, JournalError, JournalUnavailable
 from spine.kernel.exchange import Exchange
 from spine.kernel.messages import Envelope
 from spine.kernel.tasks import Tasks
@@ -74,8 +74,8 @@ class Reconciler:
     async def _swept(self, run_id: str) -> None:
         try:
             await self._judge(run_id, None)
-        except ContractError as error:
-            # Only a journal that was tampered with has a contract without the start of its run.
+        except (ContractError, JournalBroken) as error:
+            # Only a journal that was tampered with has a contract without the start of its run, or one out of place.
             self._exchange.tracer.fault("spine.contract.unreadable", exc=error, run_id=run_id)
 
     async def reconcile(self, envelope: Envelope, request: ReconcileRun) -> Reconciliation:
@@ -85,8 +85,10 @@ class Reconciler:
         return await self._judge(request.run_id, envelope)
 
     async def _judge(self, run_id: str, parent: Envelope | None) -> Reconciliation:
+        overtaken = Overtaken(run_id)
         while True:
-            contract = read_contract(await self._source.contract_rows(run_id))
+            rows = await self._source.contract_rows(run_id)
+            contract = read_contract(rows)
             if contract is None:
                 raise ContractError(
                     "UNKNOWN_RUN", f"run {run_id!r} was never started: `spine runs` lists those there are"
@@ -102,3 +104,4 @@ class Reconciler:
                     f"the verdict over the contract of run {run_id!r} was not recorded: {outcome}; free the journal's "
                     "storage and ask again"
                 )
+            overtaken.by(rows)

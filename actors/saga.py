@@ -19,18 +19,18 @@ from actors.completion import (
     fail_with,
     give_up,
     guard_failed,
+    next_asked,
     prepare,
     stood_on,
 )
 from actors.effect_calls import Answer, Answered, Unanswered
 from actors.moves import Driving, Lost, Moves
 from actors.records import text
-from spine.built_in import BuiltIn
 from spine.domains import Refused, said_by
 from spine.effects import TOMBSTONED, Effect
 from spine.governance.failpoints import of_step, of_tx
 from spine.governance.recordable import copied
-from spine.governance.transactions import INTERRUPTED, UNDONE_FROM, StepState, TransactionResult, TxState
+from spine.governance.transactions import INTERRUPTED, STALLED, UNDONE_FROM, StepState, TransactionResult, TxState
 from spine.governance.units import CommitOutcome
 from spine.kernel.errors import with_code
 from spine.kernel.messages import Envelope
@@ -79,8 +79,9 @@ class Saga:
 
     async def _forward(self) -> None:
         plan = self.plan
+        stalled = self._stalled()
         for step in plan.steps:
-            if self._stalled(step):
+            if step is stalled:
                 give_up(plan, step, f"{self._ended()} where domain {step.name!r} was next")
             elif step.external:
                 await self._forward_step(step)
@@ -136,7 +137,11 @@ class Saga:
         """Call the domain until it answers or its attempts are used up."""
         if sent and await self._status(step) == TOMBSTONED:
             return Unanswered("TOMBSTONED", f"domain {step.name!r} has undone this effect already")
-        answer: Answer = Unanswered(INTERRUPTED, f"the process ended before domain {step.name!r} had answered")
+        answer: Answer = (
+            Unanswered(INTERRUPTED, f"the process ended before domain {step.name!r} had answered")
+            if sent == 1
+            else Unanswered(STALLED, f"{self._ended()} before domain {step.name!r} had answered")
+        )
         for attempt in range(sent + 1, step.attempts + 1):
             if attempt > sent + 1:
                 await self._pause(attempt - 1)
@@ -169,13 +174,14 @@ class Saga:
     async def _abort(self) -> None:
         plan, failed, at = self.plan, self.plan.failed, self._clock.time_us()
         assert failed is not None
-        moments, rows = [of_tx("abort")], records.aborting(plan, at)
+        rows = records.aborting(plan, at)
         if failed.external and failed.state is not StepState.PLANNED:
             move = failed.state.value.lower()
-            moments.insert(0, of_step(move))
-            rows.insert(0, records.step_record(plan, failed, move, at))
+            moved = records.step_record(plan, failed, move, at)
+            await self._moves.write([of_step(move), of_tx("abort")], [moved, *rows])
             self._own.log.moved(self.cause, plan, failed, move)
-        await self._moves.write(moments, rows)
+        else:
+            await self._moves.write([of_tx("abort")], rows)
 
     async def _compensate(self) -> None:
         plan, failed = self.plan, self.plan.failed
@@ -201,14 +207,14 @@ class Saga:
     async def _undo(self, step: Step, reason: str) -> bool:
         """Roll one step back, with backoff; ``False`` when it is parked."""
         plan, again = self.plan, step.state in (StepState.RB_INTENT, StepState.PARKED)
-        given_up = step.state is StepState.RB_INTENT and self._stalled(step)
+        given_up = step.state is StepState.RB_INTENT and plan.stalled >= STALLED_MOST
         if step.state is not StepState.RB_INTENT:
             intent = records.moved(plan, step, "undo", self._clock.time_us())
             await self._moves.step(step, "undo", [intent])
         attempts: int | None
         if given_up:
             attempts = None
-            step.code, step.error = INTERRUPTED, f"{self._ended()} where domain {step.name!r} was asked to undo it"
+            step.code, step.error = STALLED, f"{self._ended()} where domain {step.name!r} was asked to undo it"
         elif again and await self._status(step) == TOMBSTONED:
             attempts = 0
         else:
@@ -243,10 +249,9 @@ class Saga:
                 step.code, step.error = code, step.hiccup
         return None
 
-    def _stalled(self, step: Step) -> bool:
-        """Whether so many have ended where this step is next that it is not tried once more."""
-        foreign = step.state is not StepState.DONE and not isinstance(step.domain, BuiltIn)
-        return foreign and self.plan.stalled >= STALLED_MOST
+    def _stalled(self) -> Step | None:
+        """The step that is not tried once more, where so many have ended that it must be what ends them."""
+        return next_asked(self.plan) if self.plan.stalled >= STALLED_MOST else None
 
     def _ended(self) -> str:
         return f"{self.plan.stalled} processes in a row ended, or lost the transaction,"

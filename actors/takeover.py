@@ -16,10 +16,13 @@ from spine.governance.transactions import DomainClass, TxState
 from spine.governance.units import Committed, Record
 from spine.kernel.errors import SpineError
 from spine.kernel.exchange import Exchange
+from spine.kernel.restart import backoff
 from spine.kernel.tasks import Tasks
 from spine.parts import Part
 
 TICK_S = 1.0
+# What this Spine has to claim again and again waits in between: so many ticks at most.
+PAUSE_MOST_TICKS = 30
 AT_ONCE = 16
 
 
@@ -63,6 +66,8 @@ class Takeover:
         # Those that are being gone on with, and those that never will be here.
         self._known: set[str] = set()
         self._gate = asyncio.Semaphore(AT_ONCE)
+        # How often this Spine has claimed a transaction that is still in flight, and when it does so again.
+        self._claims: dict[str, tuple[int, float]] = {}
         self._unended = unended
         self._stopping = False
 
@@ -82,13 +87,19 @@ class Takeover:
             self._unended.update(found)
             if not found or not self._outside:
                 return
-            for row in await self._source.stranded(self._exchange.clock.time_us(), self._instance):
-                if not (self._stopping or self._driven(row.tx_id) or row.tx_id in self._known):
+            stranded = await self._source.stranded(self._exchange.clock.time_us(), self._instance)
+            self._claims = {row.tx_id: self._claims[row.tx_id] for row in stranded if row.tx_id in self._claims}
+            for row in stranded:
+                if not (self._stopping or self._driven(row.tx_id) or row.tx_id in self._known or self._waits(row)):
                     tasks.spawn(self._resume(row), f"takeover {row.tx_id}")
                     self._known.add(row.tx_id)
         except SpineError as error:
             # No reading, or no room for another task: the next look finds them again.
             self._exchange.tracer.fault("spine.takeover.failed", exc=error)
+
+    def _waits(self, row: TransactionRow) -> bool:
+        """Whether it was claimed here a moment ago, in vain."""
+        return self._exchange.clock.monotonic() < self._claims.get(row.tx_id, (0, 0.0))[1]
 
     async def _resume(self, row: TransactionRow) -> None:
         strange = False
@@ -139,6 +150,9 @@ class Takeover:
         claimed = Record("tx.claimed", self._exchange.clock.time_us(), fields)
         if not isinstance(await self._recorder.commit([claimed], run_id=row.run_id), Committed):
             return False
+        claims = self._claims.get(row.tx_id, (0, 0.0))[0] + 1
+        pause = backoff(claims, first_s=TICK_S, most_s=PAUSE_MOST_TICKS * TICK_S, jitter=0.0)
+        self._claims[row.tx_id] = (claims, self._exchange.clock.monotonic() + pause)
         await self._failpoint(f"{CLAIM}.after")
         self._exchange.tracer.life("spine.transaction.claimed", **facts, state=row.state)
         return True

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, TypeGuard, runtime_checkable
 
 from spine.governance.transactions import DomainClass
 from spine.kernel.errors import ConfigurationError
@@ -88,7 +88,7 @@ class Post(Protocol):
     async def post(self, effect: Effect) -> None: ...
 
 
-def external_class(domain: object, label: str) -> DomainClass | None:
+def external_class(domain: object, label: str, timeout_s: object, attempts: object) -> DomainClass | None:
     """EXTERNAL or POST, ``None`` for neither. Raises ConfigurationError naming what is wrong with it."""
     methods = [name for name in ("plan", "forward", "post") if callable(getattr(domain, name, None))]
     if len(methods) > 1:
@@ -105,7 +105,6 @@ def external_class(domain: object, label: str) -> DomainClass | None:
         raise ConfigurationError(
             f"{label}: describe(run) is async, but it is called without waiting: make it a plain def"
         )
-    timeout_s, attempts = timeout_of(domain), attempts_of(domain)
     if not _number(timeout_s) or not 0 < timeout_s <= TIMEOUT_MOST_S:
         raise ConfigurationError(
             f"{label}: timeout_s {timeout_s!r} must be more than 0 and at most {TIMEOUT_MOST_S:g} seconds"
@@ -115,7 +114,7 @@ def external_class(domain: object, label: str) -> DomainClass | None:
     return DomainClass.EXTERNAL if methods == ["forward"] else DomainClass.POST
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 

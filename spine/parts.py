@@ -64,25 +64,26 @@ def part_of(domain: object) -> Part:
         )
     if isinstance(domain, type):
         raise ConfigurationError(f"{label} is the class {domain.__qualname__}: pass an instance of it")
+    timeout_s, attempts = timeout_of(domain), attempts_of(domain)
     return Part(
         name,
-        _class_of(domain, label),
+        _class_of(domain, label, timeout_s, attempts),
         action,
         tuple(after),
         cast(Participant, domain),
-        timeout_of(domain),
-        attempts_of(domain),
+        timeout_s,
+        attempts,
         bool(getattr(domain, "refuse_when_parked", False)),
     )
 
 
-def _class_of(domain: object, label: str) -> DomainClass:
+def _class_of(domain: object, label: str, timeout_s: object, attempts: object) -> DomainClass:
     """How ``domain`` takes part. Raises ConfigurationError when it cannot."""
     if inspect.iscoroutinefunction(getattr(domain, "plan", None)):
         raise ConfigurationError(
             f"{label}: plan(run) is async, but a plan is made without waiting: make it a plain def"
         )
-    outside = external_class(domain, label)
+    outside = external_class(domain, label, timeout_s, attempts)
     if outside is not None:
         return outside
     if isinstance(domain, BuiltIn) or callable(getattr(domain, "plan", None)):

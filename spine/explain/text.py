@@ -9,6 +9,8 @@ from spine.explain.decisions import DecisionLine
 from spine.kernel.printable import printable
 
 _OTHERS_MOST = 10
+# They stand nowhere else: not even --json has more of them.
+_OTHER_LONGEST = 4_000
 
 Line = tuple[str, str]
 """A style name (``head``, ``good``, ``bad``, ``warn``, ``dim`` or empty) and the text."""
@@ -124,7 +126,7 @@ def _others(others: Sequence[str]) -> list[Line]:
     before = f", the last {_OTHERS_MOST} of them" if cut > 0 else ""
     return [
         ("head", f"other attempts ({len(others)}){before}"),
-        *(("dim", f"  {printable(other)}") for other in others[max(cut, 0) :]),
+        *(("dim", f"  {printable(other, longest=_OTHER_LONGEST)}") for other in others[max(cut, 0) :]),
     ]
 
 

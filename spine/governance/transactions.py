@@ -28,6 +28,7 @@ from spine.kernel.errors import ConfigurationError, SpineError
 __all__ = [
     "INTERRUPTED",
     "RAC_ROLLBACK_AUDIT_ENABLED",
+    "STALLED",
     "STEP_MOVES",
     "TRANSACTION_COORDINATOR_ENABLED",
     "TX_MOVES",
@@ -185,6 +186,8 @@ _TX_BY_NAME: Final = {move.name: move for move in TX_MOVES}
 _STEP_BY_NAME: Final = {move.name: move for move in STEP_MOVES}
 # The code of an abort that no domain caused: the process ended, or the Spine was stopped, before one had answered.
 INTERRUPTED: Final = "INTERRUPTED"
+# The code where one driver after the other ended at the same domain, which is therefore not asked again.
+STALLED: Final = "STALLED"
 # What may have reached the other system, and is therefore undone; a rollback that was under way goes on.
 UNDONE_FROM: Final = _STEP_BY_NAME["undo"].sources | {_S.RB_INTENT}
 

@@ -12,7 +12,8 @@ from actors import reconciler
 from spine import Settings, Spine
 from spine.governance.contract import Overall
 from spine.kernel.clock import VirtualClock
-from tests.governed import intact, journal, query, running
+from spine.kernel.errors import JournalBroken, JournalUnavailable
+from tests.governed import intact, journal, query, running, until
 from tests.participants import Remote, Sender, World, complete, failure, over, raises, refuses, then, transactions, well
 
 pytestmark = pytest.mark.anyio
@@ -195,4 +196,47 @@ async def test_what_is_taken_back_while_a_local_completion_is_planned_still_bloc
         assert (await failure(spine)).code == "CONTRACT_UNMET"
         await report(spine, domain="letter", result_id="the second one")
         assert (await complete(spine)).is_complete
+    intact(sqlite_url)
+
+
+async def test_a_contract_that_no_verdict_fits_is_told_as_damage(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row in the table was changed by hand: whoever judges it gives up, and the sweep goes on to other runs."""
+    monkeypatch.setattr(reconciler, "SWEEP_S", 1.0)
+    clock = VirtualClock(time.time_ns() // 1000)
+    spine = Spine(sqlite_url, settings=Settings(clock=clock))
+    async with running(spine):
+        for run_id in ("run-1", "run-2"):
+            await spine.start_run(run_id, tenant_id="acme", expectations=[("mail", "send", 5.0)])
+        query(sqlite_url, "UPDATE contracts SET seq = seq + 1000 WHERE run_id = 'run-1'")
+        await until(lambda: len(journal(sqlite_url, "contract.reconciled")) == 1, clock=clock)
+        with pytest.raises(JournalBroken, match="contract of run 'run-1' does not stand where its journal rows say"):
+            await spine.reconcile("run-1")
+    assert [body["run_id"] for body in journal(sqlite_url, "contract.reconciled")] == ["run-2"]
+
+
+async def test_a_completion_whose_contract_could_not_be_read_is_not_told_as_undone(
+    sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has begun and goes on: its caller hears that the end is not known, and finds it when asking again."""
+    monkeypatch.setattr("actors.takeover.TICK_S", 0.02)
+    spine = over(sqlite_url, Remote(world))
+    async with running(spine):
+        reader: Any = spine._system.reader
+        read = reader.contract_rows
+
+        async def fail_once(run_id: str) -> Any:
+            if world.standing():
+                reader.contract_rows = read
+                raise JournalUnavailable("the database is locked")
+            return await read(run_id)
+
+        reader.contract_rows = fail_once
+        error = await failure(spine)
+        assert error.code == "JOURNAL_UNAVAILABLE"
+        assert "it is not known whether run 'run-1' was completed" in str(error)
+        assert (await complete(spine)).is_complete
+    assert world.told() == ["forward pay"]
+    assert transactions(sqlite_url) == ["COMMITTED"]
     intact(sqlite_url)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -226,15 +225,18 @@ async def test_a_slow_domain_delays_no_other_completion(sqlite_url: str, world: 
     assert transactions(sqlite_url, "slow") == ["COMMITTED"]
 
 
-async def test_more_calls_at_once_than_are_allowed_are_tried_again(
+async def test_more_calls_at_once_than_are_allowed_wait_their_turn(
     sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bound on calls under way is felt as a failed attempt, not as a lost one."""
+    """The bound on calls under way costs no attempt, going forward or back: a sound domain is asked, later."""
     monkeypatch.setattr("actors.effect_calls.CALLS_MOST", 2)
-    spine = over(sqlite_url, Remote(world, attempts=50), retry=Retry(attempts=50, first_s=0.001, most_s=0.01))
+    spine = over(sqlite_url, Remote(world, attempts=1))
     async with running(spine):
         done = await together(*[partial(complete, spine, f"run-{n}") for n in range(8)])
     assert all(result.is_complete for result in done)
     assert world.standing() == ["pay"] * 8
-    # A call that was refused was never made: nothing is left that nobody awaits.
-    gc.collect()
+    refused = over(sqlite_url, Remote(world), Remote(world, "no", after=["pay"], forward=refuses(), attempts=1))
+    async with running(refused):
+        failed = await together(*[partial(failure, refused, f"refused-{n}") for n in range(8)])
+    assert {error.phase for error in failed} == {"ROLLED_BACK"}
+    assert not journal(sqlite_url, "tx.parked")

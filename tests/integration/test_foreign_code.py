@@ -281,7 +281,7 @@ async def test_a_rollback_in_whose_middle_its_driver_ends_again_and_again_is_par
             await complete(spine)
         await until(lambda: transactions(sqlite_url) == ["PARKED"])
         why = await spine.why("run-1")
-    assert (why.verdict, why.cause.code) == ("parked", "INTERRUPTED")
+    assert (why.verdict, why.cause.code) == ("parked", "STALLED")
     assert steps(sqlite_url) == {"pay": "PARKED"}
     assert moves(sqlite_url).count("undo pay") == 1
     assert query(sqlite_url, "SELECT epoch FROM transactions")[0][0] <= STALLED_MOST + 1

@@ -56,7 +56,7 @@ def test_a_domain_that_ends_every_process_is_given_up_and_what_was_done_before_i
     assert transactions(sqlite_url) == ["ABORTED"]
     assert steps(sqlite_url) == {"pay": "ROLLED_BACK"}
     (aborting,) = journal(sqlite_url, "tx.aborting")
-    assert (aborting["failed_domain"], aborting["code"]) == ("book", "INTERRUPTED")
+    assert (aborting["failed_domain"], aborting["code"]) == ("book", "STALLED")
     assert f"{STALLED_MOST} processes in a row ended" in aborting["error"]
     assert ("pay", "ROLLED_BACK") in acks(sqlite_url)
     intact(sqlite_url)

@@ -9,12 +9,12 @@ from uuid import UUID, uuid5
 
 import pytest
 
-from actors.completion import steps_of
+from actors.completion import Plan, next_asked, steps_of
 from spine.built_in import BUILT_INS, lesson_row, outcome_of, policy_evaluation_row
 from spine.domains import Local, Refused, RunFacts, effect_id
 from spine.effects import Effect
 from spine.governance.facade import CreatePolicyEvaluation, EmitLesson, RunGovernanceFacade
-from spine.governance.transactions import DomainClass
+from spine.governance.transactions import CompleteRun, DomainClass, StepState
 from spine.governance.units import Write
 from spine.kernel.errors import ConfigurationError
 from spine.parts import part_of, participants
@@ -255,7 +255,7 @@ def test_a_refusal_is_text_whatever_it_was_given() -> None:
 
 
 def test_a_part_is_what_its_domain_declared_whatever_it_says_later() -> None:
-    """Its deadline and attempts are read once: a property that fails later ends no saga."""
+    """Its deadline and attempts are read once, before they are checked: a property that fails later ends no saga."""
 
     class Moody:
         name, after, attempts = "pay", (), 7
@@ -264,7 +264,7 @@ def test_a_part_is_what_its_domain_declared_whatever_it_says_later() -> None:
         @property
         def timeout_s(self) -> float:
             self.asked += 1
-            if self.asked > 2:
+            if self.asked > 1:
                 raise KeyError("the configuration was reloaded")
             return 2.5
 
@@ -275,3 +275,40 @@ def test_a_part_is_what_its_domain_declared_whatever_it_says_later() -> None:
     (part,) = [part for part in participants([Moody()]) if part.name == "pay"]
     (step,) = steps_of([part], TX)
     assert (part.timeout_s, part.attempts) == (step.timeout_s, step.attempts) == (2.5, 7)
+
+
+def test_of_those_that_may_have_ended_their_drivers_the_next_to_be_asked_is_meant() -> None:
+    """What stands before a domain that was sent to had its turn; what is done, and Spine's own, is not asked again."""
+
+    class Outside:
+        def __init__(self, name: str, *after: str) -> None:
+            self.name, self.after = name, after
+
+        async def forward(self, effect: Effect) -> None: ...
+
+        async def rollback(self, effect: Effect) -> None: ...
+
+    declared = [
+        Billing(),
+        Outside("pay", "billing"),
+        Outside("ship", "pay"),
+        Made(name="book", after=("ship",), plan=list),
+    ]
+    steps = steps_of(participants(declared), TX)
+    request = CompleteRun("run-1", "acme", "succeeded")
+    plan = Plan(request, TX, 1, None, "", {}, 0, 0, "", steps)
+    by_name = {step.name: step for step in steps}
+
+    def meant() -> str | None:
+        found = next_asked(plan)
+        return None if found is None else found.name
+
+    assert meant() == "billing"
+    by_name["pay"].state = StepState.INTENT
+    assert meant() == "pay"
+    by_name["pay"].state = StepState.DONE
+    assert meant() == "ship"
+    by_name["ship"].state = StepState.DONE
+    assert meant() == "book"
+    del plan.steps[-1]
+    assert meant() is None
