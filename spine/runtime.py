@@ -59,6 +59,8 @@ from actors.registry import Registry  # noqa: E402
 T = TypeVar("T")
 
 CALL_S = 30.0
+# What registry and coordinator have under way beside two tasks for every admission credit, each.
+_TASKS_SPARE = 64
 # The Spines that run in this process, newest last: what compat's shims find when nobody called ``compat.connect``.
 _RUNNING: list[Spine] = []
 
@@ -340,7 +342,8 @@ class _System:
         ids = Ids(settings.clock, settings.seed)
         level = settings.trace or cast(Level, os.environ.get("SPINE_TRACE") or "off")
         writer, reader = JournalWriter(spine.url), JournalReader(spine.url)
-        exchange = Exchange(settings.clock, Tracer(ids.span_id(), level), credits=settings.credits)
+        tracer = Tracer(ids.span_id(), level)
+        exchange = Exchange(settings.clock, tracer, credits=settings.credits, spare=4 * _TASKS_SPARE)
         parts, progress = spine._participants, Progress()
         acting = tuple(part.promise for part in parts)
         deps = Dependencies(
@@ -351,7 +354,7 @@ class _System:
             operations=dict(spine._operations),
             rules=spine._rules_by_operation(),
             promises=lambda declared: promised(acting, declared),
-            calls_most=2 * settings.credits + 64,
+            calls_most=2 * settings.credits + _TASKS_SPARE,
         )
         completions = Completions(
             deps,

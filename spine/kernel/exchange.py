@@ -46,10 +46,11 @@ class Exchange:
     """Admits messages to the spine mailbox and ends every one of them exactly once.
 
     ``credits`` (>= 1) bounds the calls from outside together with the calls they nest; replies, records and control
-    messages need none because each admitted call bounds them. Bound to the event loop it was made on.
+    messages need none because each admitted call bounds them. ``spare`` is how many more of these there may be at a
+    time, of what goes on without a caller. Bound to the event loop it was made on.
     """
 
-    def __init__(self, clock: Clock, tracer: Tracer, *, credits: int = 4096) -> None:
+    def __init__(self, clock: Clock, tracer: Tracer, *, credits: int = 4096, spare: int = 0) -> None:
         self.clock = clock
         self.tracer = tracer
         self.ledger = Ledger()
@@ -60,6 +61,7 @@ class Exchange:
         self.dead_letters: collections.deque[DeadLetter] = collections.deque(maxlen=DEAD_LETTERS)
         self.mailboxes: dict[str, Mailbox] = {}
         self._limit = credits
+        self._capacity = credits * RECORDS_A_CALL + spare
         self._credits = credits
         self._numbers = 0
         self._idle: asyncio.Future[None] | None = None
@@ -70,7 +72,7 @@ class Exchange:
     def mailbox(self, name: str) -> Mailbox:
         """The mailbox of that actor, made at its first mention."""
         if name not in self.mailboxes:
-            self.mailboxes[name] = Mailbox(name, capacity=self._limit * RECORDS_A_CALL)
+            self.mailboxes[name] = Mailbox(name, capacity=self._capacity)
         return self.mailboxes[name]
 
     @property
