@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, runtime_checkable
@@ -52,3 +53,14 @@ class LogPublisher:
             tenant_id=event.tenant_id,
             tx_id=event.tx_id,
         )
+
+
+def publisher_of(given: Publisher | None) -> Publisher:
+    """The publisher that was given, else the one that logs. Raises TypeError for what cannot publish."""
+    if given is None:
+        return LogPublisher()
+    if isinstance(given, type) or not inspect.iscoroutinefunction(getattr(given, "publish", None)):
+        raise TypeError(
+            f"publisher {given!r} must be an object with async publish(event): see spine.publisher.Publisher"
+        )
+    return given

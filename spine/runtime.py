@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -39,7 +38,7 @@ from spine.kernel.watchdog import Watchdog
 from spine.lifecycle import Gauges, Lifecycle
 from spine.operating import Operating
 from spine.parts import participants
-from spine.publisher import LogPublisher, Publisher
+from spine.publisher import Publisher, publisher_of
 from spine.requests import RECIPIENTS, UNANSWERED, Posted, governed
 from spine.runs import Runs
 from spine.settings import Settings, default_url
@@ -95,11 +94,7 @@ class Spine(Declarations, Operating, Runs):
         self._participants = participants(domains)
         # Only an application, which names a publisher or domains, takes over what others left: a command on the
         # database must swallow no events.
-        self._publisher, self._redeliver = publisher or LogPublisher(), publisher is not None or bool(domains)
-        if isinstance(publisher, type) or not inspect.iscoroutinefunction(getattr(self._publisher, "publish", None)):
-            raise TypeError(
-                f"publisher {publisher!r} must be an object with async publish(event): see spine.publisher.Publisher"
-            )
+        self._publisher, self._redeliver = publisher_of(publisher), publisher is not None or bool(domains)
         self._settings = settings or Settings()
         self._system: _System | None = None
         self._phase: Literal["new", "starting", "running", "stopping", "stopped", "forked"] = "new"
