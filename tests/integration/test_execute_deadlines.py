@@ -18,7 +18,7 @@ from tests.stubborn import swallow_cancellation
 pytestmark = pytest.mark.anyio
 
 
-@pytest.mark.parametrize(("declared", "asked"), [(0.1, 30), (30, 0.1)])
+@pytest.mark.parametrize(("declared", "asked"), [(1, 30), (30, 1)])
 async def test_a_handler_that_hangs_is_cancelled_at_the_earlier_deadline(
     desk: Desk, declared: float, asked: float
 ) -> None:
@@ -36,7 +36,7 @@ async def test_a_handler_that_hangs_is_cancelled_at_the_earlier_deadline(
         with anyio.fail_after(5):
             result = sound(await desk.execute("desk.hang", timeout_s=asked))
         assert result.error_code == "TIMEOUT"
-        assert "0.1 s" in str(result.error)
+        assert "1 s" in str(result.error)
         assert cancelled.is_set()
     (outcome,) = journal(desk.url, "outcome")
     assert outcome["error_code"] == "TIMEOUT"
@@ -63,7 +63,7 @@ async def test_a_handler_that_swallows_its_cancellation_keeps_its_slot_and_not_i
     """The caller is answered, the outcome recorded once; the slot is free when the handler really ends."""
     leave = asyncio.Event()
 
-    @desk.spine.operation("desk.stubborn", timeout_s=0.1, concurrency=1)
+    @desk.spine.operation("desk.stubborn", timeout_s=1, concurrency=1)
     async def stubborn(ctx: OperationContext) -> dict[str, Any]:
         await swallow_cancellation(leave)
         return {}
@@ -87,7 +87,7 @@ async def test_a_handler_that_swallows_its_cancellation_keeps_its_slot_and_not_i
 async def test_a_nested_call_has_only_the_time_that_is_left(desk: Desk) -> None:
     """Deadlines are inherited: a slow nested call ends with its caller's budget, not its own."""
 
-    @desk.spine.operation("desk.outer", timeout_s=0.3)
+    @desk.spine.operation("desk.outer", timeout_s=1)
     async def outer(ctx: OperationContext) -> OperationResult:
         return await ctx.execute("desk.slow")
 

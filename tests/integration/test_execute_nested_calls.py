@@ -114,7 +114,7 @@ async def test_nothing_is_executed_for_a_handler_that_has_ended(desk: Desk, end:
     """Once its outcome is recorded, neither a context kept for later nor a call not yet awaited runs anything."""
     kept: list[Any] = []
 
-    @desk.spine.operation("desk.keeper", timeout_s=0.1)
+    @desk.spine.operation("desk.keeper", timeout_s=1)
     async def keeper(ctx: OperationContext) -> None:
         kept.extend((ctx.execute, ctx.execute("desk.quick")))
         if end == "timed out":

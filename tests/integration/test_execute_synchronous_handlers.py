@@ -58,7 +58,7 @@ async def test_a_synchronous_handler_that_hangs_is_answered_for_and_its_thread_a
     """Threads cannot be cancelled: the caller gets TIMEOUT all the same."""
     leave = threading.Event()
 
-    @desk.spine.operation("desk.hang", timeout_s=0.1)
+    @desk.spine.operation("desk.hang", timeout_s=1)
     def hang(ctx: OperationContext) -> None:
         leave.wait(30)
 

@@ -147,7 +147,7 @@ from spine import Settings, Spine
 
 spine = Spine(sys.argv[1], settings=Settings(drain_s=0.1))
 
-@spine.operation("work.hang", timeout_s=0.1)
+@spine.operation("work.hang", timeout_s=1)
 @spine.operation("work.long")
 def hang(ctx):
     threading.Event().wait()

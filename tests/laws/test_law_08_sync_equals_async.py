@@ -99,7 +99,7 @@ STORY: list[tuple[str, Callable[[Calls], object]]] = [
     ("a denial", lambda c: c.execute("refunds.issue", **RUN, params={"amount": 500})),
     ("a rule that raises", lambda c: c.execute("refunds.issue", **RUN, params={})),
     ("a handler that raises", lambda c: c.execute("things.break", **RUN)),
-    ("a handler that hangs", lambda c: c.execute("things.sleep", **RUN, timeout_s=0.2)),
+    ("a handler that hangs", lambda c: c.execute("things.sleep", **RUN, timeout_s=1)),
     ("an unknown operation", lambda c: c.execute("no.such", **RUN)),
     ("another tenant", lambda c: c.execute("things.break", run_id="run-1", tenant_id="globex")),
     ("no run", lambda c: c.execute("refunds.issue", tenant_id="acme", params={"amount": 1})),
