@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from actors import transaction_records as records
 from actors.completion import Plan, Step
 from actors.effect_calls import EffectCalls
+from actors.judged import Overtaken, judged
 from actors.recorder import Recorder
 from actors.rows import ContractRows
 from actors.transaction_log import TransactionLog
-from actors.verdicts import Overtaken, with_verdict
+from actors.verdicts import with_verdict
 from spine.governance.failpoints import BEGIN, Failpoint, of_step, of_tx
 from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, Write
 from spine.kernel.errors import SpineError
@@ -74,27 +76,25 @@ class Moves:
 
         Raises ``Lost`` or JournalError.
         """
-        while True:
-            await self.read_contract()
-            failed = await self.judged(move, rows)
-            if failed is None:
-                return
-            if not failed.of_verdict:
-                raise self._lost([move], failed)
+        plan, own = self._plan, self._own
+        commit = partial(self._written, [of_tx(move)])
+        failed = await judged(plan.request.run_id, rows, own.contracts, commit, own.exchange.clock.time_us)
+        if failed is not None:
+            raise self._lost([move], failed)
 
     async def read_contract(self) -> None:
         """Look up what the journal holds of the run's contract. Raises JournalError."""
         self._plan.rows = await self._own.contracts.contract_rows(self._plan.request.run_id)
 
-    async def judged(self, move: str, rows: Sequence[Record], writes: Sequence[Write] = ()) -> GuardFailed | None:
-        """Have a last move committed, with the verdict over the run's contract that it brings about.
+    async def commit(self, rows: Sequence[Record], writes: Sequence[Write]) -> GuardFailed | None:
+        """Have the commit point committed, with the verdict over the run's contract that it brings about.
 
         Gives back the guard of a domain's write that failed, or one ``of_verdict`` where somebody judged the run, or
         reported of it, since its contract was read. Raises ``Lost``; JournalBroken where reading again does not help.
         """
         known = self._plan.rows
-        judged = with_verdict(rows, known, at=self._own.exchange.clock.time_us())
-        failed = await self._written([of_tx(move)], judged, writes)
+        told = with_verdict(rows, known, at=self._own.exchange.clock.time_us())
+        failed = await self._written([of_tx("commit")], told, writes)
         if failed is not None and failed.of_verdict:
             self._overtaken.by(known)
         return failed

@@ -11,16 +11,16 @@ from functools import partial
 from typing import Any, Protocol, cast
 
 from actors.effect_calls import Answer, Answered, EffectCalls, Unanswered
+from actors.judged import judged
 from actors.recorder import Recorder
 from actors.records import ack
 from actors.rows import ContractRows, RunRows
-from actors.verdicts import Overtaken, with_verdict
 from spine.domains import Refused
 from spine.effects import Effect, Post
 from spine.governance.failpoints import PUBLISH, PUBLISHED, Failpoint
 from spine.governance.recordable import copied
 from spine.governance.transactions import DomainClass
-from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record, StorageFailed
+from spine.governance.units import CommitOutcome, Committed, Record, StorageFailed
 from spine.kernel.errors import JournalError, Overloaded
 from spine.kernel.exchange import Exchange
 from spine.kernel.ids import Ids
@@ -272,17 +272,11 @@ class Outbox:
     async def _record(self, delivery: _Delivery, rows: list[Record]) -> CommitOutcome:
         """Record a delivery; what a POST domain acknowledges may be the last word that the contract waited for."""
         run_id = delivery.events[0].run_id
+        commit = partial(self._recorder.commit, run_id=run_id, parent=delivery.cause)
         if len(rows) == 1:
-            return await self._recorder.commit(rows, run_id=run_id, parent=delivery.cause)
-        overtaken = Overtaken(run_id)
+            return await commit(rows)
         try:
-            while True:
-                known = await self._source.contract_rows(run_id)
-                judged = with_verdict(rows, known, at=rows[0].at)
-                outcome = await self._recorder.commit(judged, run_id=run_id, parent=delivery.cause)
-                if not (isinstance(outcome, GuardFailed) and outcome.of_verdict):
-                    return outcome
-                overtaken.by(known)
+            return await judged(run_id, rows, self._source, commit, lambda: rows[0].at)
         except JournalError as error:
             # It stays pending, and is delivered again.
             return StorageFailed(str(error))

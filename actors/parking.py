@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from actors import transaction_records as records
 from actors.completion import Plan
+from actors.judged import judged
 from actors.recorder import Recorder
 from actors.records import text
 from actors.reload import KINDS, reload
 from actors.rows import ContractRows, Transactions
-from actors.verdicts import Overtaken, with_verdict
 from spine.governance.failpoints import Failpoint, of_tx
 from spine.governance.parking import ResolveTransaction, RetryTransaction, validate
 from spine.governance.transactions import TxState
-from spine.governance.units import Committed, GuardFailed, Record
+from spine.governance.units import CommitOutcome, Committed, GuardFailed, Record
 from spine.kernel.errors import ConfigurationError, JournalUnavailable
 from spine.kernel.exchange import Exchange
 from spine.kernel.messages import Envelope
@@ -49,21 +50,15 @@ class Parking:
     async def resolve(self, envelope: Envelope, request: ResolveTransaction) -> dict[str, Any]:
         """End a parked transaction that was undone by hand. Raises ConfigurationError or JournalError."""
         plan = await self._parked(request)
-        overtaken = Overtaken(plan.request.run_id)
-        while True:
-            rows = records.resolved(
-                plan,
-                self._exchange.clock.time_us(),
-                evidence=request.evidence,
-                reason=request.reason,
-                actor=request.actor,
-            )
-            known = await self._source.contract_rows(plan.request.run_id)
-            judged = with_verdict(rows, known, at=self._exchange.clock.time_us())
-            if await self._write(envelope, plan, "resolve", judged):
-                return _told(plan)
-            overtaken.by(known)
-            plan = await self._parked(request)
+        clock = self._exchange.clock
+        rows = records.resolved(
+            plan, clock.time_us(), evidence=request.evidence, reason=request.reason, actor=request.actor
+        )
+        run_id = plan.request.run_id
+        commit = partial(self._recorder.commit, run_id=run_id, parent=envelope)
+        await self._failpoint(f"{of_tx('resolve')}.before")
+        await self._moved(plan, "resolve", await judged(run_id, rows, self._source, commit, clock.time_us))
+        return _told(plan)
 
     async def retry(self, envelope: Envelope, request: RetryTransaction) -> dict[str, Any]:
         """Have the rollbacks tried again, by whoever has the domains. Raises ConfigurationError, JournalUnavailable."""
@@ -78,7 +73,10 @@ class Parking:
             "actor": text(request.actor),
         }
         plan.state = TxState.COMPENSATING
-        await self._write(envelope, plan, "retry", [Record("tx.retried", self._exchange.clock.time_us(), fields)])
+        retried = Record("tx.retried", self._exchange.clock.time_us(), fields)
+        await self._failpoint(f"{of_tx('retry')}.before")
+        outcome = await self._recorder.commit([retried], run_id=plan.request.run_id, parent=envelope)
+        await self._moved(plan, "retry", outcome)
         return _told(plan)
 
     async def _parked(self, request: ResolveTransaction | RetryTransaction) -> Plan:
@@ -92,16 +90,11 @@ class Parking:
             )
         return reload(await self._source.run_rows(row.run_id, *KINDS), row, self._parts, self._instance)
 
-    async def _write(self, envelope: Envelope, plan: Plan, move: str, rows: Sequence[Record]) -> bool:
-        """Have the move committed; ``False`` when only the verdict it brings about must be found anew."""
-        await self._failpoint(f"{of_tx(move)}.before")
-        outcome = await self._recorder.commit(rows, run_id=plan.request.run_id, parent=envelope)
+    async def _moved(self, plan: Plan, move: str, outcome: CommitOutcome) -> None:
+        """Raise when the move was not committed."""
         match outcome:
             case Committed():
                 await self._failpoint(f"{of_tx(move)}.after")
-                return True
-            case GuardFailed() if outcome.of_verdict:
-                return False
             case GuardFailed() if not outcome.of_record:
                 raise ConfigurationError(
                     f"transaction {plan.tx_id} was moved on by somebody else: see `spine why {plan.request.run_id}`"

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from actors.judged import Overtaken
 from actors.recorder import Recorder
 from actors.rows import ContractRows
-from actors.verdicts import Overtaken, judge
+from actors.verdicts import judge
 from spine.explain.contract import read_contract
 from spine.governance.contract import ContractError, ReconcileRun, Reconciliation
 from spine.governance.params import id_problem

@@ -12,6 +12,7 @@ from uuid import UUID
 import orjson
 
 from actors.dependencies import Dependencies
+from actors.judged import Overtaken
 from actors.recorder import Recorder
 from actors.records import ack, text
 from actors.starts import implicit_start
@@ -106,6 +107,7 @@ class Reports:
         """Record what a domain reports and the verdict that follows; raises ``ContractError`` or ``JournalError``."""
         _check_ack(request, self._own)
         run_id, tenant_id = request.run_id, request.tenant_id
+        overtaken = Overtaken(run_id)
         while not envelope.done:
             rows = await self._deps.source.contract_rows(run_id)
             contract = read_contract(rows)
@@ -134,6 +136,7 @@ class Reports:
             if not isinstance(outcome, GuardFailed) or outcome.of_record:
                 raise JournalUnavailable(f"{_what(request)} was not recorded: {outcome}; report it again")
             # Somebody judged the run, or reported of it, meanwhile: the verdict with this report may be another one.
+            overtaken.by(rows)
         raise DeadlineExceeded(f"{_what(request)} was not recorded before its deadline: report again")
 
     async def _report(self, envelope: Envelope, run_id: str | None, tenant_id: str, record: Record) -> bool:

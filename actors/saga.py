@@ -159,7 +159,7 @@ class Saga:
             if plan.failed is not None:
                 return
             rows, events, result = records.committed(plan, self._clock.time_us())
-            outcome = await self._moves.judged("commit", rows, plan.writes)
+            outcome = await self._moves.commit(rows, plan.writes)
             if outcome is None:
                 break
             plan.state = TxState.EXECUTING

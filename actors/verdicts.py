@@ -9,10 +9,6 @@ from spine.explain.contract import Contract, read_contract, take
 from spine.explain.story import JournalRow
 from spine.governance.contract import Finding, Reconciliation, reconcile, unmet
 from spine.governance.units import Record
-from spine.kernel.errors import JournalBroken
-
-# Whoever judged a run meanwhile has left a row: so often the same rows may be read after a verdict was not taken.
-IN_VAIN_MOST = 3
 
 
 def judge(contract: Contract, at: int) -> tuple[Reconciliation, Record | None]:
@@ -66,24 +62,6 @@ def _noticed(records: Sequence[Record], contract: Contract) -> list[Record]:
 def _judged(record: Record) -> Record:
     """A start whose contract is judged in its own unit leaves nothing to judge later: the verdict tells when."""
     return replace(record, fields={**record.fields, "due_at": None}) if record.kind == "run.started" else record
-
-
-class Overtaken:
-    """Tells a verdict that somebody else's came before from one that the journal will never take."""
-
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
-        self._last, self._in_vain = -1, 0
-
-    def by(self, rows: Sequence[JournalRow]) -> None:
-        """Judge anew after these rows were judged in vain; raises JournalBroken where nothing comes of it."""
-        last = rows[-1].seq if rows else 0
-        self._in_vain = self._in_vain + 1 if last == self._last else 1
-        self._last = last
-        if self._in_vain == IN_VAIN_MOST:
-            raise JournalBroken(
-                f"the contract of run {self._run_id!r} does not stand where its journal rows say: run `spine verify`"
-            )
 
 
 def lacking(rows: Iterable[JournalRow], taking_part: Collection[tuple[str, str]]) -> tuple[Finding, ...]:

@@ -16,17 +16,12 @@ from spine.kernel.errors import JournalBroken, JournalUnavailable
 from tests.governed import intact, journal, query, running, until
 from tests.participants import Remote, Sender, World, complete, failure, over, raises, refuses, then, transactions, well
 
-pytestmark = pytest.mark.anyio
+# Nobody sweeps here: what is wrong in the record stays wrong.
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("unswept")]
 
 # Later than everything that the standard set promises: that it is kept changes no moment.
 MAIL = ("mail", "send", 7200.0)
 LETTER = ("letter", "send", 7200.0)
-
-
-@pytest.fixture(autouse=True)
-def unswept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody sweeps here: what is wrong in the record stays wrong."""
-    monkeypatch.setattr(reconciler, "SWEEP_S", 1e9)
 
 
 async def start(spine: Spine, *expectations: tuple[str, str, float], **more: Any) -> None:

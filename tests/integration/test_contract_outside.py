@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from actors import reconciler
 from spine.governance.contract import FINALIZE
 from tests.governed import Published, intact, journal, query, running, until
 from tests.participants import (
@@ -25,13 +24,8 @@ from tests.participants import (
     well,
 )
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(autouse=True)
-def unswept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody sweeps here: what a commit does not judge stays unjudged."""
-    monkeypatch.setattr(reconciler, "SWEEP_S", 1e9)
+# Nobody sweeps here: what is wrong in the record stays wrong.
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("unswept")]
 
 
 def verdicts(url: str) -> list[dict[str, Any]]:
