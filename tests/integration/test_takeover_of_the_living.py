@@ -10,6 +10,7 @@ import pytest
 
 from actors.attempts import ANEW_MOST
 from spine import Spine, TransactionFailed
+from spine.kernel.errors import JournalUnavailable
 from tests.governed import Published, clock, flowing, intact, journal, query, running, until
 from tests.integration.takeovers import epochs, late, pair
 from tests.participants import (
@@ -170,4 +171,33 @@ async def test_a_spine_whose_clock_is_far_ahead_does_not_keep_a_completion_from_
     assert (error.code, error.phase) == ("INTERRUPTED", "ROLLED_BACK")
     assert transactions(sqlite_url) == ["ABORTED"] * (ANEW_MOST + 1)
     assert world.standing() == []
+    intact(sqlite_url)
+
+
+async def test_what_a_spine_claims_again_and_again_in_vain_it_claims_ever_more_seldom(
+    sqlite_url: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lives and cannot read a contract: work that is sound is not given up within seconds, and ends after all."""
+    monkeypatch.setattr("actors.takeover.TICK_S", 1.0)
+    moments = clock()
+    spine = over(sqlite_url, Remote(world), clock=moments)
+    async with running(spine):
+        reader: Any = spine._system.reader  # type: ignore[union-attr]
+        read = reader.contract_rows
+
+        async def unreadable(run_id: str) -> Any:
+            if world.standing():
+                raise JournalUnavailable("the database is locked")
+            return await read(run_id)
+
+        reader.contract_rows = unreadable
+        assert "it is not known whether" in str(await failure(spine))
+        for _ in range(20):
+            await moments.advance(1)
+            await until(lambda: len(coordinator(spine)._takeover._known) == 0)
+        # After 1, 2, 4 and 8 seconds more; every second it would have been twenty, and the end of it.
+        assert 2 <= len(journal(sqlite_url, "tx.claimed")) <= 6
+        reader.contract_rows = read
+        await until(lambda: transactions(sqlite_url) == ["COMMITTED"], clock=moments)
+    assert world.told() == ["forward pay"]
     intact(sqlite_url)
