@@ -79,10 +79,6 @@ class Expectation:
         later = {"after_commit": True} if self.after_commit else {}
         return {"domain": self.domain, "action": self.action, "deadline_s": self.deadline_s, **later}
 
-    def due(self, started_at: int) -> Due:
-        """The promise with its moment, for a run started at ``started_at`` (unix microseconds)."""
-        return Due(self.domain, self.action, moment_of(started_at, self.deadline_s), self.after_commit)
-
 
 class Due(NamedTuple):
     """A promise with its moment (unix microseconds)."""

@@ -18,6 +18,7 @@ from spine.governance.contract import (
     Due,
     Expectation,
     Overall,
+    moment_of,
     promised,
     reconcile,
     unmet,
@@ -25,7 +26,15 @@ from spine.governance.contract import (
 
 SECOND = 1_000_000
 OK, FAILED, BACK = AckStatus.SUCCESS, AckStatus.FAILED, AckStatus.ROLLED_BACK
-DUES = tuple(expectation.due(0) for expectation in STANDARD)
+
+
+def due(expectation: Expectation, started_at: int = 0) -> Due:
+    """The promise with its moment."""
+    moment = moment_of(started_at, expectation.deadline_s)
+    return Due(expectation.domain, expectation.action, moment, expectation.after_commit)
+
+
+DUES = tuple(due(expectation) for expectation in STANDARD)
 
 
 def told(findings: object) -> list[str]:
@@ -175,7 +184,7 @@ def test_no_promises_no_verdict_to_give() -> None:
 
 def test_what_is_promised_for_after_the_commit_still_has_time_when_the_run_is_finalised() -> None:
     """It is pending until its own deadline, and missing only then."""
-    dues = [Expectation(*FINALIZE).due(0), Expectation("mail", "send", 10, after_commit=True).due(0)]
+    dues = [due(Expectation(*FINALIZE)), due(Expectation("mail", "send", 10, after_commit=True))]
     finalised = [Ack(*FINALIZE, AckStatus.SUCCESS)]
     early, late = reconcile(dues, finalised, now_us=5_000_000), reconcile(dues, finalised, now_us=10_000_001)
     assert ([f.domain for f in early.pending], early.standing, early.due_at) == (["mail"], "PENDING", 10_000_000)
@@ -200,7 +209,7 @@ def test_a_run_promises_the_standard_set_its_domains_and_the_users_own() -> None
 
 
 def test_a_deadline_is_counted_from_the_start() -> None:
-    assert Expectation("a", "b", 1.5).due(10 * SECOND) == Due("a", "b", 11_500_000)
+    assert due(Expectation("a", "b", 1.5), 10 * SECOND) == Due("a", "b", 11_500_000)
 
 
 def test_what_only_waits_stands_pending_and_what_is_found_has_its_verdict() -> None:
